@@ -1,0 +1,153 @@
+"""The KL autoencoder: pictures to latents an eighth of their size, and back (Rombach et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention
+from .config import VAEConfig
+from .unet import ResnetBlock, Upsample
+
+EPS = 1e-6  # of every GroupNorm here; the UNet's residual blocks use another
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The normal distribution q(z|x) that the encoder gives for each picture. Both tensors are (B, C, h, w)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """z = mean + std * noise. Noise is drawn in float32 on the generator's device, so it is the same anywhere."""
+        device = generator.device if generator else self.mean.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        return self.mean + self.std * noise.to(self.mean)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Trained with padding on the right and at the bottom only; the symmetric kind would shift everything.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H, W) -> (B, C, H/2, W/2)
+
+
+class VAEAttention(Attention):
+    """Self-attention with one head over the pixels of a feature map, around a shortcut."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__(channels, channels, heads=1, qkv_bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
+        return x + super().forward(h).transpose(1, 2).unflatten(2, x.shape[2:])  # (B, HW, C) -> (B, C, H, W)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, EPS) for _ in range(2))
+        self.attentions = nn.ModuleList([VAEAttention(channels, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class VAEBlock(nn.Module):
+    """One level: residual blocks, then a change of resolution, if there is one."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        layers: int,
+        groups: int,
+        resample: type[Downsample] | type[Upsample] | None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups, EPS) for i in range(layers)
+        )
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample is Downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample is Upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = module(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        c_in = channels[0]
+        for i, c in enumerate(channels):
+            resample = Downsample if i < len(channels) - 1 else None
+            self.down_blocks.append(VAEBlock(c_in, c, config.layers_per_block, groups, resample))
+            c_in = c
+        self.mid_block = MidBlock(c_in, groups)
+        self.conv_norm_out = nn.GroupNorm(groups, c_in, eps=EPS)
+        self.conv_out = nn.Conv2d(c_in, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], groups)
+        self.up_blocks = nn.ModuleList()
+        c_in = channels[0]
+        for i, c in enumerate(channels):
+            resample = Upsample if i < len(channels) - 1 else None
+            self.up_blocks.append(VAEBlock(c_in, c, config.layers_per_block + 1, groups, resample))
+            c_in = c
+        self.conv_norm_out = nn.GroupNorm(groups, c_in, eps=EPS)
+        self.conv_out = nn.Conv2d(c_in, config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            z = block(z)
+        return self.conv_out(F.silu(self.conv_norm_out(z)))
+
+
+class VAE(nn.Module):
+    """The autoencoder of all Stable Diffusion models; module names are the key names of diffusers checkpoints.
+
+    Latents here are as the encoder gives them; `StableDiffusion` multiplies them by the scaling factor.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, pixels: Tensor) -> Moments:
+        """(B, 3, H, W) pixels in [-1, 1], H and W multiples of `config.downscale` -> moments (B, C, h, w)."""
+        mean, log_variance = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        return Moments(mean, (0.5 * log_variance.clamp(-30, 20)).exp())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) unscaled latents -> (B, 3, H, W) pixels, about in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(latents))
