@@ -35,8 +35,8 @@ def merge_heads(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself or, in the UNet, to the words of the prompt.
 
-    Keys and values come from `project`, apart from `forward`, because those of the prompt stay the same through all
-    the steps of sampling and need to be computed once only.
+    Keys and values come from `project`, apart from `forward`, because those of the prompt stay the same
+    through all the steps of sampling and need to be computed once only.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""CLIP (Radford et al. 2021, arXiv 2103.00020): a text encoder and an image encoder with one transformer inside.
+"""CLIP (Radford et al. 2021, arXiv 2103.00020): a text and an image encoder around one transformer.
 
-The text encoder turns token ids into one vector a token. Stable Diffusion 1 uses OpenAI's ViT-L/14, Stable Diffusion 2
-OpenCLIP's ViT-H/14 without its last layer; both are this code with another `TextConfig`. Textual Inversion acts on
-its very first step, the table that turns a token id into a vector. The image encoder takes no part in making pictures;
-it judges them.
+The text encoder turns token ids into one vector a token. Stable Diffusion 1 uses OpenAI's ViT-L/14, Stable
+Diffusion 2 OpenCLIP's ViT-H/14 without its last layer; both are this code with another `TextConfig`. Textual
+Inversion acts on its very first step, the table that turns a token id into a vector. The image encoder takes
+no part in making pictures; it judges them.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class CLIPTextModel(nn.Module):
     def forward(self, ids: Tensor) -> TextOutput:
         """Encode token ids, (B, L) int64 with L at most 77.
 
-        The pooled vector is read at the first end token of each prompt. (Looking for the largest id, as CLIP's own
-        code does, goes wrong once placeholder words with larger ids exist.)
+        The pooled vector is read at the first end token of each prompt. (Looking for the largest id, as
+        CLIP's own code does, goes wrong once placeholder words with larger ids exist.)
         """
         context, penultimate = self.text_model(ids)
         end = (ids == self.config.eos_token_id).int().argmax(dim=1)  # (B, L) -> (B,)

@@ -1,10 +1,10 @@
 """What distinguishes one Stable Diffusion from another: a few frozen dataclasses.
 
-Every part of the model is described by one of them, and by nothing else: the code of `clip.py`, `unet.py`, `vae.py`
-and `diffusion.py` knows no family names. A value comes either from the `config.json` beside the weights
-(`from_json`), or, for single files that carry none, from the shapes of the weights (`from_shapes`). What shapes
-cannot tell follows the rules all public checkpoints keep: 32 groups; 8 heads a level where the attention blocks
-project with convolutions, 64 channels a head where they project with matrices, and in CLIP.
+Every part of the model is described by one of them, and by nothing else: the code of `clip.py`, `unet.py`,
+`vae.py` and `diffusion.py` knows no family names. A value comes either from the `config.json` beside the
+weights (`from_json`), or, for single files that carry none, from the shapes of the weights (`from_shapes`).
+What shapes cannot tell follows the rules all public checkpoints keep: 32 groups; 8 heads a level where the
+attention blocks project with convolutions, 64 channels a head where they project with matrices, and in CLIP.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what is wrong, where, and the remedy."""
+    """Something the user gave cannot be used. One line says what is wrong, where, and the remedy."""
 
 
 def _require(raw: Mapping[str, Any], source: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse a config that switches on what minti does not implement. A key that is absent keeps its default."""
+    """Refuse a config that switches on what minti does not implement. Absent keys keep their defaults."""
     for key, values in supported.items():
         if raw.get(key, values[0]) not in values:
             allowed = " or ".join(repr(v) for v in values)
@@ -85,7 +85,7 @@ class TextConfig:
             max_position_embeddings=raw.get("max_position_embeddings", 77),
             hidden_act=raw.get("hidden_act", "quick_gelu"),
             layer_norm_eps=raw.get("layer_norm_eps", 1e-5),
-            # The published configs say 2, which is no end token at all: CLIP's is the last of its 49,408 entries.
+            # The published configs say 2, which is no end token at all: CLIP's is the last of its 49,408.
             eos_token_id=min(vocab_size, 49408) - 1 if eos == 2 else eos,
             projection_dim=(
                 raw["projection_dim"]
@@ -247,8 +247,9 @@ class UNetConfig:
     def from_shapes(cls, shapes: Shapes) -> UNetConfig:
         """Infer from the keys of the CompVis layout (`input_blocks...`), prefix removed.
 
-        There every level is `layers_per_block` residual blocks followed by one block that halves the resolution
-        (`op`), so the index of the first `op` tells the number of layers and their count the number of levels.
+        There every level is `layers_per_block` residual blocks followed by one block that halves the
+        resolution (`op`), so the index of the first `op` tells the number of layers and their count the
+        number of levels.
         """
         ops = sorted(
             int(m[1]) for key in shapes if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", key))
@@ -337,8 +338,8 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-# Samplers whose models were all trained on the same forward process, the one of `diffusion.Schedule`. Whichever a
-# checkpoint recommends, minti samples with DDIM.
+# Samplers whose models were all trained on the same forward process, the one of `diffusion.Schedule`.
+# Whichever a checkpoint recommends, minti samples with DDIM.
 DDPM_FAMILY = (
     *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
     *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"),
@@ -372,8 +373,8 @@ class ScheduleConfig:
     def from_json(cls, raw: Mapping[str, Any], source: str) -> ScheduleConfig:
         """Read a `scheduler_config.json`; keys it leaves out take the defaults of diffusers' DDIMScheduler.
 
-        One of them is passed over on purpose: `clip_sample`, which many checkpoints of latent models omit and which
-        then defaults to true, is meant for pictures; latents are not bounded by 1.
+        One of them is passed over on purpose: `clip_sample`, which many checkpoints of latent models omit and
+        which then defaults to true, is meant for pictures; latents are not bounded by 1.
         """
         _require(
             raw,

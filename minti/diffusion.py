@@ -1,8 +1,8 @@
 """The noise schedule and the sampler: how a picture is dissolved into noise, and how one is made out of it.
 
 Symbols as in the papers: x0 a clean latent, eps standard normal noise, t a time step from 0 to T - 1,
-alphas_cumprod[t] (written alpha-bar in DDPM, arXiv 2006.11239, and alpha in DDIM, arXiv 2010.02502) the share of the
-variance that is still picture at time t.
+alphas_cumprod[t] (written alpha-bar in DDPM, arXiv 2006.11239, and alpha in DDIM, arXiv 2010.02502) the share
+of the variance that is still picture at time t.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Schedule:
         return signal * x0 + noise * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the UNet should predict from x_t: eps, or x0, or v = signal eps - noise x0 (arXiv 2202.00512)."""
+        """What the UNet should predict: eps, or x0, or v = signal eps - noise x0 (arXiv 2202.00512)."""
         signal, noise = self.signal_and_noise(t)
         kind = self.config.prediction_type
         return eps if kind == "epsilon" else x0 if kind == "sample" else signal * eps - noise * x0
@@ -86,7 +86,7 @@ class Schedule:
         Args:
             prediction: what the UNet says about x_t.
             x_t: (B, C, h, w) float32.
-            t, t_prev: time steps; t_prev < 0 means the end, x0 itself or, by the checkpoint's convention, t = 0.
+            t, t_prev: time steps; t_prev < 0 means the end: x0 itself, or t = 0 if the checkpoint says so.
             eta: 0 is deterministic, 1 has the variance of DDPM.
             noise: like x_t; not looked at where eta is 0.
         """
@@ -119,7 +119,7 @@ class Schedule:
             noise = torch.zeros_like(x_t)
             if eta:
                 noise = torch.cat([torch.randn(x_t[:1].shape, generator=g) for g in generators]).to(x_t)
-            # The distance to the earlier time is the same for every step, also where the spacing is not quite even.
+            # The public samplers go back by the same distance everywhere, even where the spacing varies.
             t_prev = t - self.config.num_train_timesteps // steps
             x_t = self.ddim_step(prediction, x_t, t, t_prev, eta, noise)
             yield x_t

@@ -1,10 +1,11 @@
-"""The denoiser eps_theta(x_t, t, context): a UNet with cross-attention (Rombach et al. 2022, arXiv 2112.10752).
+"""The denoiser eps_theta(x_t, t, context): a UNet with cross-attention (Rombach et al., arXiv 2112.10752).
 
-It looks at a noisy latent picture at several resolutions. On the way down every level is a few residual blocks, then
-a halving of the resolution; on the way up it is the mirror image, and each block also sees what the block opposite
-put aside. Two things steer it: the time step t, added inside every residual block, and the words of the prompt, which
-the transformer blocks attend to. Neither depends on the picture, so both are computed by methods of their own
-(`embed_time`, `embed_context`), which sampling calls once for all steps; `denoise` does the rest.
+It looks at a noisy latent picture at several resolutions. On the way down every level is a few residual
+blocks, then a halving of the resolution; on the way up it is the mirror image, and each block also sees what
+the block opposite put aside. Two things steer it: the time step t, added inside every residual block, and the
+words of the prompt, which the transformer blocks attend to. Neither depends on the picture, so both are
+computed by methods of their own (`embed_time`, `embed_context`), which sampling calls once for all steps;
+`denoise` does the rest.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class SpatialTransformer(nn.Module):
 
     @staticmethod
     def _project(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-        # A 1x1 convolution is a matrix product at every pixel: what differs between SD 1.x and 2.x is the file only.
+        # A 1x1 convolution (SD 1.x) is the same as a matrix product at every pixel (SD 2.x).
         return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
@@ -168,7 +169,7 @@ class UNetBlock(nn.Module):
 
     Args:
         resnets: (c_in, c_out) of each residual block.
-        heads, depth, transformers: how many of the residual blocks are followed by a transformer, and its size.
+        heads, depth, transformers: how many of the residual blocks a transformer follows, and its size.
         resample: the change of resolution at the end, if there is one.
     """
 
@@ -273,7 +274,7 @@ class UNet(nn.Module):
         return [resnet.time_emb_proj(emb) for block in self._blocks() for resnet in block.resnets]
 
     def embed_context(self, context: Tensor) -> list[list[KeyValue]]:
-        """Keys and values of the prompt's words, (B, L, D), for every block of every transformer, in order."""
+        """Keys and values of the prompt's words (B, L, D) for each block of each transformer, in order."""
         transformers = [transformer for block in self._blocks() for transformer in block.attentions]
         return [[block.attn2.project(context) for block in t.transformer_blocks] for t in transformers]
 

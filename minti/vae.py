@@ -1,4 +1,4 @@
-"""The KL autoencoder: pictures to latents an eighth of their size, and back (Rombach et al. 2022, section 3.1)."""
+"""The KL autoencoder: pictures to latents an eighth their size, and back (arXiv 2112.10752, section 3.1)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ EPS = 1e-6  # of every GroupNorm here; the UNet's residual blocks use another
 
 @dataclass(frozen=True)
 class Moments:
-    """The normal distribution q(z|x) that the encoder gives for each picture. Both tensors are (B, C, h, w)."""
+    """The normal distribution q(z|x) that the encoder gives for each picture; both (B, C, h, w)."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """z = mean + std * noise. Noise is drawn in float32 on the generator's device, so it is the same anywhere."""
+        """z = mean + std * noise; float32 noise from the generator's device, so the same on any machine."""
         device = generator.device if generator else self.mean.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std * noise.to(self.mean)
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The autoencoder of all Stable Diffusion models; module names are the key names of diffusers checkpoints.
+    """The autoencoder of all Stable Diffusion models; module names are the keys of diffusers checkpoints.
 
     Latents here are as the encoder gives them; `StableDiffusion` multiplies them by the scaling factor.
     """

@@ -1,0 +1,293 @@
+"""CLIP's tokenizer: byte-level byte-pair encoding with end-of-word marks, and placeholder words on top.
+
+A prompt is cleaned (`clean`), cut into words by `PATTERN`, and every word, as UTF-8 bytes, is glued together
+pair by pair in the order in which the pairs were learned. The last symbol of a word carries the mark `</w>`:
+
+    "hugging a cat"  ->  "hugging</w>" "a</w>" "cat</w>"  ->  [49406, 34811, 320, 2368, 49407, 49407, ...]
+
+A placeholder word, such as "<toy>", is found in the cleaned text before any of that and stands for ids of its
+own.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import itertools
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+from torch import Tensor
+
+from .config import InputError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+PATTERN = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+
+
+def byte_symbols() -> dict[int, str]:
+    """A printable character for each of the 256 bytes, so that merges can be written down as text.
+
+    Bytes that are printable in Latin-1 stand for themselves; the others take the characters from code 256 on.
+    The order is that of CLIP's vocabulary: the printable ones first.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def clean(text: str) -> str:
+    """Mend broken Unicode, unescape HTML (twice, as web captions need), squeeze blanks, lower the case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+class Tokenizer:
+    """Text to token ids, exactly as OpenAI's CLIP does it.
+
+    Args:
+        vocab: symbol -> id.
+        merges: the learned pairs, the first learned first.
+        pad: the token that fills up short prompts; SD 1.x uses the end token, SD 2.x "!" (id 0).
+        max_length: ids a prompt.
+        source: where the vocabulary came from, for messages.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        pad: str = END,
+        max_length: int = 77,
+        source: str = "tokenizer",
+    ) -> None:
+        for symbol in (START, END, pad):
+            if symbol not in vocab:
+                raise InputError(f"{source}: the vocabulary has no {symbol!r}; it is not a CLIP tokenizer's")
+        self.vocab, self.max_length = vocab, max_length
+        self.start_id, self.end_id, self.pad_id = vocab[START], vocab[END], vocab[pad]
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.symbols = byte_symbols()
+        self.placeholders: dict[str, list[int]] = {}
+        self._placeholder_pattern = PATTERN
+        self._word_ids = lru_cache(maxsize=65536)(self._encode_word)
+
+    @classmethod
+    def load(cls, path: str | Path, pad: str | None = None) -> Tokenizer:
+        """Read a tokenizer folder, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
+
+        A folder holds `vocab.json` and `merges.txt`, or `tokenizer.json`; the padding token comes from
+        `special_tokens_map.json` or `tokenizer_config.json` unless `pad` names it, and words that were added
+        to the vocabulary later from `added_tokens.json`.
+
+        Raises:
+            InputError: naming the file that is missing or cannot be read.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls(*_read_openai_vocabulary(path), pad=pad or END, source=str(path))
+        if (path / "vocab.json").is_file():
+            vocab = _read_json(path / "vocab.json")
+            lines = _read_text(path / "merges.txt").splitlines()
+            merges = [
+                tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")
+            ]
+        elif (path / "tokenizer.json").is_file():
+            model = _read_json(path / "tokenizer.json").get("model", {})
+            vocab, merges = model.get("vocab"), model.get("merges")
+            if not isinstance(vocab, dict) or not merges:
+                raise InputError(f"{path / 'tokenizer.json'}: holds no byte-pair vocabulary")
+            merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
+        else:
+            raise InputError(
+                f"{path}: no tokenizer here (vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz)"
+            )
+        tokenizer = cls(vocab, merges, pad=pad or _pad_token(path), source=str(path))
+        if (path / "added_tokens.json").is_file():
+            for word, token_id in sorted(
+                _read_json(path / "added_tokens.json").items(), key=lambda item: item[1]
+            ):
+                if word not in vocab:
+                    tokenizer.add_placeholder(word, ids=[token_id], replace=True)
+        return tokenizer
+
+    def __len__(self) -> int:
+        """One more than the largest id in use."""
+        return 1 + max([*self.vocab.values(), *(i for ids in self.placeholders.values() for i in ids)])
+
+    # Placeholder words
+    # ---------------------------------------------------------------------------------------
+
+    def add_placeholder(self, word: str, ids: Iterable[int], *, replace: bool = False) -> None:
+        """Let a word stand for the given ids, one for each of its vectors.
+
+        It is found wherever it stands alone: next to punctuation ("<toy>.", "(*)"), but a word made of
+            letters
+        or digits not inside a longer one ("sks" is not in "tasks"). Like all of CLIP it ignores the case. Of
+        two that could begin at the same place the longer is taken.
+
+        Args:
+            word: any text without line breaks, "<toy>", "*", "sks-7".
+            ids: consecutive ids above the vocabulary, normally.
+            replace: allow a word that means something already.
+
+        Raises:
+            InputError: an empty word; one in use already; one that is a word of the vocabulary (such as
+                "cat",
+                which would lose its meaning), unless `replace` is set.
+        """
+        key = clean(word)
+        if not key:
+            raise InputError(f"placeholder {word!r} is empty; choose something like <toy>")
+        if not replace:
+            if key in self.placeholders:
+                raise InputError(f"placeholder {word!r} is in use already; rename one of the two")
+            if key in (START, END) or (any(c.isalnum() for c in key) and len(self.encode(key)) == 1):
+                raise InputError(
+                    f"placeholder {word!r} is a word the model knows and would lose its meaning; "
+                    f"choose another, such as <{key}>"
+                )
+        self.placeholders[key] = list(ids)
+
+        def bounded(text: str) -> str:
+            before = r"(?<![\p{L}\p{N}])" if text[0].isalnum() else ""
+            after = r"(?![\p{L}\p{N}])" if text[-1].isalnum() else ""
+            return before + regex.escape(text) + after
+
+        longest_first = sorted(self.placeholders, key=len, reverse=True)
+        self._placeholder_pattern = regex.compile("(" + "|".join(map(bounded, longest_first)) + ")")
+
+    def remove_placeholder(self, word: str) -> None:
+        """Forget a placeholder word again."""
+        self.placeholders.pop(clean(word))
+        others, self.placeholders = self.placeholders, {}
+        for other, ids in others.items():
+            self.add_placeholder(other, ids, replace=True)
+
+    # Encoding
+    # ------------------------------------------------------------------------------------------------
+
+    def _merge(self, word: str) -> list[str]:
+        """Byte-pair encoding of one word: join the pair learned earliest, everywhere, until none is left."""
+        parts = [self.symbols[b] for b in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            first = min(itertools.pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if first not in self.ranks:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                if tuple(parts[i : i + 2]) == first:
+                    joined.append(first[0] + first[1])
+                    i += 2
+                else:
+                    joined.append(parts[i])
+                    i += 1
+            parts = joined
+        return parts
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        if word in (START, END):
+            return (self.vocab[word],)
+        return tuple(self.vocab[part] for part in self._merge(word))
+
+    def _pieces(self, text: str) -> Iterable[tuple[str, Sequence[int]]]:
+        """(word, ids) for each word and placeholder of a prompt."""
+        text = clean(text)
+        for i, segment in enumerate(self._placeholder_pattern.split(text) if self.placeholders else [text]):
+            if i % 2:  # splitting by a group gives text and placeholders in turn
+                yield segment, self.placeholders[segment]
+            else:
+                for word in PATTERN.findall(segment):
+                    yield word, self._word_ids(word)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text of any length, without start, end and padding."""
+        return [i for _, ids in self._pieces(text) for i in ids]
+
+    def __call__(self, prompts: str | Sequence[str]) -> Tensor:
+        """Encode prompts as the text encoder wants them.
+
+        A prompt that is too long is cut, keeping the end token, with a warning that quotes what was lost.
+
+        Returns:
+            (B, 77) int64: start token, words, end token, padding.
+
+        Raises:
+            InputError: a placeholder word does not fit, since without it the picture would be another.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        rows = torch.full((len(prompts), self.max_length), self.pad_id)
+        for row, prompt in zip(rows, prompts, strict=True):
+            ids, lost, room = [self.start_id], [], self.max_length - 2
+            for word, word_ids in self._pieces(prompt):
+                if len(ids) - 1 + len(word_ids) > room and word in self.placeholders:
+                    raise InputError(
+                        f"{word!r} with its {len(word_ids)} vectors does not fit into the {room} tokens of a "
+                        f"prompt; shorten the text before it: {prompt[:60]!r}"
+                    )
+                if len(ids) - 1 + len(word_ids) > room:
+                    lost.append(word)
+                ids += word_ids
+            if lost:
+                cut = " ".join(lost)
+                cut = cut if len(cut) <= 200 else f"{cut[:200]}..."
+                warnings.warn(f"a prompt has {room} tokens at most; cut off: {cut!r}", stacklevel=2)
+            ids = [*ids[: self.max_length - 1], self.end_id]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; copy the whole tokenizer folder") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not a text file; download it again") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: is not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: should hold a JSON object; download it again")
+    return value
+
+
+def _pad_token(folder: Path) -> str:
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and (pad := _read_json(folder / name).get("pad_token")):
+            return pad["content"] if isinstance(pad, dict) else pad
+    return END
+
+
+def _read_openai_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The merges as OpenAI published them; the vocabulary follows from their order."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except (OSError, EOFError, UnicodeDecodeError):
+        raise InputError(f"{path}: is not OpenAI's bpe_simple_vocab_16e6.txt.gz; download it again") from None
+    symbols = list(byte_symbols().values())
+    count = 49408 - 2 * len(symbols) - len((START, END))  # the file holds more merges than CLIP uses
+    merges = [tuple(line.split()) for line in lines[1 : 1 + count]]
+    if len(merges) < count or any(len(pair) != 2 for pair in merges):
+        raise InputError(f"{path}: is not OpenAI's bpe_simple_vocab_16e6.txt.gz; download it again")
+    vocab = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges), START, END]
+    return {symbol: i for i, symbol in enumerate(vocab)}, merges
