@@ -9,9 +9,11 @@ attention blocks project with convolutions, 64 channels a head where they projec
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -19,6 +21,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 class InputError(ValueError):
     """Something the user gave cannot be used. One line says what is wrong, where, and the remedy."""
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; InputError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); is the folder complete?") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: should hold a JSON object; download it again")
+    return value
 
 
 def _require(raw: Mapping[str, Any], source: str, supported: Mapping[str, tuple[Any, ...]]) -> None:

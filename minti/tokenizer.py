@@ -14,7 +14,6 @@ from __future__ import annotations
 import gzip
 import html
 import itertools
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -25,7 +24,7 @@ import regex
 import torch
 from torch import Tensor
 
-from .config import InputError
+from .config import InputError, read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PATTERN = regex.compile(
@@ -100,13 +99,13 @@ class Tokenizer:
         if path.is_file():
             return cls(*_read_openai_vocabulary(path), pad=pad or END, source=str(path))
         if (path / "vocab.json").is_file():
-            vocab = _read_json(path / "vocab.json")
+            vocab = read_json(path / "vocab.json")
             lines = _read_text(path / "merges.txt").splitlines()
             merges = [
                 tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")
             ]
         elif (path / "tokenizer.json").is_file():
-            model = _read_json(path / "tokenizer.json").get("model", {})
+            model = read_json(path / "tokenizer.json").get("model", {})
             vocab, merges = model.get("vocab"), model.get("merges")
             if not isinstance(vocab, dict) or not merges:
                 raise InputError(f"{path / 'tokenizer.json'}: holds no byte-pair vocabulary")
@@ -118,7 +117,7 @@ class Tokenizer:
         tokenizer = cls(vocab, merges, pad=pad or _pad_token(path), source=str(path))
         if (path / "added_tokens.json").is_file():
             for word, token_id in sorted(
-                _read_json(path / "added_tokens.json").items(), key=lambda item: item[1]
+                read_json(path / "added_tokens.json").items(), key=lambda item: item[1]
             ):
                 if word not in vocab:
                     tokenizer.add_placeholder(word, ids=[token_id], replace=True)
@@ -260,19 +259,9 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: is not a text file; download it again") from None
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: is not valid JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: should hold a JSON object; download it again")
-    return value
-
-
 def _pad_token(folder: Path) -> str:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and (pad := _read_json(folder / name).get("pad_token")):
+        if (folder / name).is_file() and (pad := read_json(folder / name).get("pad_token")):
             return pad["content"] if isinstance(pad, dict) else pad
     return END
 

@@ -1,0 +1,113 @@
+"""Opening a public checkpoint: from a path to the parts of a Stable Diffusion, strictly and safely."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .clip import CLIPTextModel
+from .config import InputError
+from .diffusion import Schedule
+from .layouts import Plan, plan_folder, plan_single_file
+from .tokenizer import Tokenizer
+from .unet import UNet
+from .vae import VAE
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Parts:
+    """A loaded checkpoint: what `pipeline.StableDiffusion` is made of."""
+
+    tokenizer: Tokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet
+    vae: VAE
+    schedule: Schedule
+
+
+def load_parts(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+    variant: str | None = None,
+    ema: bool = False,
+) -> Parts:
+    """Open a checkpoint. See `pipeline.load` for the arguments.
+
+    Raises:
+        InputError: whatever keeps it from being loaded; the message names the file and the key.
+    """
+    plan = make_plan(path, variant=variant, ema=ema)
+    if problems := plan.problems():
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise InputError(f"{plan.path}: does not fit; {'; '.join(problems[:3])}{more}")
+    words = load_tokenizer(plan, tokenizer)
+    modules = {name: part.load(dtype, device) for name, part in plan.parts.items()}
+    rows = modules["text_encoder"].config.vocab_size
+    if len(words) > rows:
+        raise InputError(
+            f"the tokenizer has {len(words)} ids but the text encoder of {plan.path} knows {rows}; "
+            "give the tokenizer that belongs to it with --tokenizer"
+        )
+    if prediction_type:
+        plan.schedule = replace(plan.schedule, prediction_type=prediction_type)
+    elif plan.ask_prediction_type:
+        kind = probe_prediction_type(modules["unet"])
+        plan.schedule = replace(plan.schedule, prediction_type=kind)
+        plan.notes.append(
+            f"prediction type: {kind}, judging by the UNet's output (--prediction-type overrides)"
+        )
+    for note in plan.notes:
+        log.info("%s: %s", plan.path, note)
+    return Parts(tokenizer=words, schedule=Schedule(plan.schedule), **modules)
+
+
+def make_plan(path: str | Path, *, variant: str | None = None, ema: bool = False) -> Plan:
+    """Look at a checkpoint without reading its weights."""
+    path = Path(path)
+    if not path.exists():
+        dangling = "is a link to something that is not there" if path.is_symlink() else "does not exist"
+        raise InputError(f"{path}: {dangling}; give the path of a checkpoint folder or file")
+    return plan_folder(path, variant) if path.is_dir() else plan_single_file(path, ema)
+
+
+@torch.no_grad()
+def probe_prediction_type(unet: UNet) -> str:
+    """Tell a UNet that predicts v from one that predicts eps by its answer to a constant picture.
+
+    At t = 999 the input is as good as pure noise, so one that predicts eps returns about its input, 0.5; one
+    that predicts v returns about minus the picture it imagines there. The threshold is the public one, -1
+    below input.
+    """
+    config = unet.config
+    device, dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+    x = torch.full((1, config.in_channels, 8, 8), 0.5, device=device, dtype=dtype)
+    context = torch.full((1, 77, config.cross_attention_dim), 0.5, device=device, dtype=dtype)
+    output = unet(x, torch.tensor([999], device=device), context)
+    return "v_prediction" if (output - x[:, : config.out_channels]).float().mean() < -1 else "epsilon"
+
+
+def load_tokenizer(plan: Plan, path: str | Path | None = None) -> Tokenizer:
+    """The tokenizer at `path`, or that of the checkpoint's folder, or one beside the single file."""
+    folder = plan.path if plan.path.is_dir() else plan.path.parent
+    names = ("tokenizer", ".", "bpe_simple_vocab_16e6.txt.gz")
+    candidates = [Path(path)] if path else [folder / name for name in names]
+    for candidate in candidates:
+        if candidate.is_file() or any((candidate / n).is_file() for n in ("vocab.json", "tokenizer.json")):
+            return Tokenizer.load(candidate, pad=plan.pad)
+    if path:
+        raise InputError(
+            f"{path}: no tokenizer here (vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz)"
+        )
+    raise InputError(
+        f"{plan.path}: comes without a tokenizer; get CLIP's with `python tools/download.py tokenizer "
+        f"{folder / 'tokenizer'}`, or give --tokenizer PATH"
+    )

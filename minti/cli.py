@@ -1,0 +1,179 @@
+"""What the commands share: options and config files, progress, and one clear line when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import importlib.util
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+
+from .config import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+class Options:
+    """Command-line options whose values may also come from a YAML file.
+
+    Flags go before `--set key=value`, which goes before `--config FILE`, which goes before the defaults. The
+    keys of a file are the flags with underscores for dashes.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        self._parser = _Parser(
+            prog=f"python -m {command}", description=description, argument_default=argparse.SUPPRESS
+        )
+        self._defaults: dict[str, Any] = {}
+        self._lists: set[str] = set()
+        self._groups: dict[str, Any] = {}
+        self._parser.add_argument(
+            "--config", metavar="FILE", help="YAML file with values for any of the options"
+        )
+        self._parser.add_argument("--set", metavar="KEY=VALUE", action="append", help="set any option")
+
+    def add(self, group: str, flag: str, default: Any = None, *, help: str, **options: Any) -> None:
+        """Declare an option: the arguments of `ArgumentParser.add_argument`, under a heading."""
+        if group not in self._groups:
+            self._groups[group] = self._parser.add_argument_group(group)
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif default not in (None, [], ""):
+            help += f" (default: {default})"
+        name = flag.removeprefix("--").replace("-", "_")
+        if isinstance(default, list):
+            options["action"] = "append"
+            self._lists.add(name)
+        self._defaults[name] = default
+        self._groups[group].add_argument(flag, help=help, **options)
+
+    def parse(self, argv: Sequence[str] | None, required: Sequence[str]) -> argparse.Namespace:
+        """All options, resolved. Raises InputError for unknown ones, bad values, required ones left out."""
+        flags = vars(self._parser.parse_args(argv))
+        config = _read_yaml(flags.pop("config")) if "config" in flags else {}
+        for pair in flags.pop("set", []):
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise InputError(f"--set {pair}: write KEY=VALUE")
+            config[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        values = self._defaults | vars(self._parser.parse_args(self._as_flags(config))) | flags
+        if missing := [f"--{key.replace('_', '-')}" for key in required if values[key] in (None, [])]:
+            raise InputError(f"{' and '.join(missing)} must be given; see --help")
+        return argparse.Namespace(**values)
+
+    def _as_flags(self, config: dict[str, Any]) -> list[str]:
+        """Config values go through the same checks as flags by becoming flags."""
+        flags = []
+        for key, value in config.items():
+            if key not in self._defaults:
+                near = difflib.get_close_matches(str(key), self._defaults, n=1)
+                raise InputError(f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            flag = "--" + key.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(flag if value else flag.replace("--", "--no-", 1))
+            elif value is not None:
+                flags += [f"{flag}={v}" for v in (value if isinstance(value, list) else [value])]
+        return flags
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: should hold lines like `steps: 50`")
+    return config
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    """A type of option: an int or float between bounds, bounds included."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            upper = f" and at most {high}" if high != float("inf") else ""
+            raise argparse.ArgumentTypeError(f"{text} should be at least {low}{upper}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def size(text: str) -> int | tuple[int, int]:
+    """A type of option: `512`, or `768x512`, width first."""
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise ValueError
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+class Progress:
+    """How far a long job is: a bar where tqdm is installed, otherwise a line every few seconds."""
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self, total: int, unit: str) -> None:
+        self.total, self.unit, self.done = total, unit, 0
+        self._start = self._last = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit=unit)
+
+    def step(self, note: str = "") -> None:
+        """One more unit of work is done."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(note)
+            self._bar.update()
+            return
+        now = time.monotonic()
+        if now - self._last >= self.EVERY or self.done == self.total:
+            rate = self.done / max(now - self._start, 1e-9)
+            left = int((self.total - self.done) / rate)
+            text = f"{self.done}/{self.total} {self.unit}s, {rate:.2f}/s, {left // 60}:{left % 60:02d} left"
+            print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
+            self._last = now
+
+    def close(self) -> None:
+        """Leave the terminal tidy, also after an interruption."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def run(command: str, main: Callable[[Sequence[str] | None], None]) -> NoReturn:
+    """Run a command and exit: 0 done, 2 bad input, 130 interrupted. Whatever is wrong is said in one line."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        main(None)
+    except InputError as error:
+        _fail(command, str(error))
+    except KeyboardInterrupt:
+        print(f"\n{command}: interrupted; what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        _fail(command, "out of memory on the device; try --batch-size 1, --dtype float16 or a smaller --size")
+    except OSError as error:
+        remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        _fail(command, f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}")
+    sys.exit(0)
+
+
+def _fail(command: str, message: str) -> NoReturn:
+    print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

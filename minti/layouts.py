@@ -1,0 +1,296 @@
+"""The layouts of public checkpoints: folders of the diffusers library, and single files of the CompVis code.
+
+Either is turned into a plan that says, for every weight of every module, in which file, under which name and
+in which form it is found. A plan is checked as a whole (`Plan.problems`) before anything is read; then each
+module, built without memory of its own, takes its weights over straight from disk (`Part.load`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from .clip import CLIPTextModel
+from .config import InputError, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json
+from .keymap import (
+    FOLDER_ALIASES,
+    IGNORED,
+    OPENCLIP_LAYERS,
+    UNET_LAYERS,
+    VAE_LAYERS,
+    Origin,
+    ema_key,
+    find_origins,
+    openclip_blocks,
+    stored_shapes,
+    to_ours,
+    unet_blocks,
+    vae_blocks,
+)
+from .tokenizer import END
+from .unet import UNet
+from .vae import VAE
+from .weightfile import WeightFile
+
+
+@dataclass
+class Part:
+    """One module of the model, and where its weights are."""
+
+    module: nn.Module  # on the meta device: shapes without memory
+    origins: dict[str, Origin]
+    files: Sequence[WeightFile]
+    ignored: str = r"(?!)"  # keys of the files that belong to nobody, besides keymap.IGNORED
+
+    def problems(self) -> list[str]:
+        """What keeps the weights from fitting: missing keys and wrong shapes, one line each."""
+        shapes = {key: shape for file in self.files for key, shape in file.shapes.items()}
+        found = []
+        for name, tensor in self.module.state_dict().items():
+            origin = self.origins[name]
+            expected = stored_shapes(tuple(tensor.shape), origin.form)
+            if origin.key not in shapes:
+                found.append(f"missing key {origin.key}")
+            elif shapes[origin.key] not in expected:
+                found.append(
+                    f"{origin.key} has shape {shapes[origin.key]}, the config asks for {expected[0]}"
+                )
+        return found
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The module with its weights, frozen. Raises InputError for weights that are not finite numbers."""
+        state: dict[str, Tensor] = {}
+        for file in self.files:
+            wanted: dict[str, list[str]] = {}
+            for name, origin in self.origins.items():
+                if origin.key in file.shapes:
+                    wanted.setdefault(origin.key, []).append(name)
+            # Where nothing needs converting, the weights stay what they are: views of the file.
+            copied = device.type != "cpu" or any(file.dtypes[key] != dtype for key in wanted)
+            for key, stored in file.read(list(wanted), copied=copied):
+                if not stored.is_floating_point():
+                    raise InputError(
+                        f"{file.path}: {key} is {stored.dtype}; quantised checkpoints cannot be used"
+                    )
+                for name in wanted[key]:
+                    ours = to_ours(stored, self.origins[name].form).contiguous()
+                    state[name] = ours = ours.to(device, dtype, copy=copied)
+                    if not ours.sum(dtype=torch.float32).isfinite():
+                        raise InputError(
+                            f"{file.path}: {key} holds NaN or infinity as {dtype}; "
+                            "use another --dtype, or download it again"
+                        )
+        self.module.load_state_dict(state, strict=True, assign=True)
+        return self.module.requires_grad_(False).eval()
+
+
+@dataclass
+class Plan:
+    """How a checkpoint will be loaded.
+
+    Attributes:
+        path: the folder or file.
+        layout: "diffusers" or "single file".
+        parts: "text_encoder", "unet" and "vae".
+        schedule: noise schedule and prediction type.
+        pad: the tokenizer's padding token, where the family fixes it.
+        ask_prediction_type: nothing tells eps from v but the weights themselves.
+        unexpected: keys that no part claims.
+        notes: decisions a user should know of.
+    """
+
+    path: Path
+    layout: str
+    parts: dict[str, Part]
+    schedule: ScheduleConfig
+    pad: str | None = None
+    ask_prediction_type: bool = False
+    unexpected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        """Everything that keeps it from being loaded, one line each; empty if all is well."""
+        found = [f"{name}: {problem}" for name, part in self.parts.items() for problem in part.problems()]
+        return found + [f"unexpected key {key}" for key in self.unexpected]
+
+    @property
+    def family(self) -> str:
+        """What a reader would call it."""
+        unet: UNetConfig = self.parts["unet"].module.config
+        name = {768: "SD 1.x", 1024: "SD 2.x"}.get(unet.cross_attention_dim, "Stable Diffusion, own size")
+        return name + (" inpainting" if unet.in_channels == 9 else "")
+
+
+def plan_folder(path: Path, variant: str | None) -> Plan:
+    """Plan for a folder, also of huggingface_hub's cache; `variant` as in `model.fp16.safetensors`."""
+    if (path / "snapshots").is_dir():  # the cache of huggingface_hub: the checkpoint is two levels below
+        snapshots = sorted((path / "snapshots").iterdir(), key=lambda p: p.stat().st_mtime)
+        path = snapshots[-1] if snapshots else path
+    index = path / "model_index.json"
+    kind = read_json(index).get("_class_name", "") if index.is_file() else ""
+    if "XL" in kind or (path / "text_encoder_2").is_dir():
+        raise InputError(
+            f"{path}: SDXL needs two text encoders at once, which minti's pipeline does not have"
+        )
+    missing = [name for name in ("unet", "vae", "text_encoder", "scheduler") if not (path / name).is_dir()]
+    if missing or (kind and "StableDiffusion" not in kind):
+        what = f"a {kind}" if kind else f"no {', no '.join(missing)} folder"
+        files = [p.name for p in sorted(path.glob("*")) if p.suffix in (".safetensors", ".ckpt")]
+        hint = f"; did you mean {path / files[0]}?" if files else ""
+        raise InputError(f"{path}: is not a Stable Diffusion folder ({what}){hint}")
+
+    def part(name: str, config: type, module: type, stem: str) -> Part:
+        folder = path / name
+        source = folder / "config.json"
+        with torch.device("meta"):
+            built = module(config.from_json(read_json(source), str(source)))
+        files = [WeightFile(file) for file in _find_weights(folder, stem, variant)]
+        keys = {key for file in files for key in file.shapes}
+        origins = {key: Origin(_find_alias(key, keys)) for key in built.state_dict()}
+        return Part(built, origins, files)
+
+    parts = {
+        "text_encoder": part("text_encoder", TextConfig, CLIPTextModel, "model"),
+        "unet": part("unet", UNetConfig, UNet, "diffusion_pytorch_model"),
+        "vae": part("vae", VAEConfig, VAE, "diffusion_pytorch_model"),
+    }
+    unexpected = []
+    for name, p in parts.items():
+        claimed = {origin.key for origin in p.origins.values()}
+        keys = [key for file in p.files for key in file.shapes]
+        unexpected += [f"{name}/{key}" for key in keys if key not in claimed and not IGNORED.fullmatch(key)]
+    source = path / "scheduler" / "scheduler_config.json"
+    schedule = ScheduleConfig.from_json(read_json(source), str(source))
+    return Plan(path, "diffusers", parts, schedule, unexpected=unexpected)
+
+
+def _find_alias(key: str, keys: set[str]) -> str:
+    names = [key, *(key.replace(ours, theirs, 1) for ours, theirs in FOLDER_ALIASES)]
+    return next((name for name in names if name in keys), key)
+
+
+def _find_weights(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """The files with the weights of one part: safetensors before .bin, whole before sharded."""
+    for wanted in [variant] if variant else ["", "fp16", "non_ema"]:
+        dot = f".{wanted}" if wanted else ""
+        for name, suffix in ((stem, "safetensors"), (stem, "bin"), (f"pytorch_{stem}", "bin")):
+            whole = folder / f"{name}{dot}.{suffix}"
+            if whole.exists() or whole.is_symlink():
+                return [whole]
+            for index in (
+                folder / f"{name}.{suffix}.index{dot}.json",
+                folder / f"{name}{dot}.{suffix}.index.json",
+            ):
+                if index.exists():
+                    shards = read_json(index).get("weight_map", {})
+                    return [folder / shard for shard in sorted(set(shards.values()))]
+    there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
+    raise InputError(
+        f"{folder}: no weights{f' of variant {variant!r}' if variant else ''} (looked for {stem}.safetensors "
+        f"and the like); {'there are: ' + ', '.join(there) if there else 'download the whole folder'}"
+    )
+
+
+# Single files ---
+
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+OPENCLIP_PREFIX = "cond_stage_model.model."
+CLIP_PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")
+
+
+def plan_single_file(path: Path, ema: bool) -> Plan:
+    """Plan for a file; `ema`: take the average of the UNet's weights that it holds beside the raw ones."""
+    file = WeightFile(path)
+    shapes = file.shapes
+    if any(key.startswith("conditioner.embedders.") for key in shapes):
+        raise InputError(
+            f"{path}: SDXL needs two text encoders at once, which minti's pipeline does not have"
+        )
+    if "cond_stage_model.transformer.token_emb.weight" in shapes:
+        raise InputError(f"{path}: has the BERT text encoder of the first latent diffusion model, not CLIP")
+    try:
+        with torch.device("meta"):
+            unet = UNet(UNetConfig.from_shapes(_below(UNET_PREFIX, shapes)))
+            vae = VAE(VAEConfig.from_shapes(_below(VAE_PREFIX, shapes)))
+            text, is_openclip = _single_file_text(file)
+    except KeyError as error:
+        raise InputError(f"{path}: is not a whole Stable Diffusion model (no {error.args[0]})") from None
+    parts = {
+        "text_encoder": text,
+        "unet": Part(
+            unet, find_origins(unet.state_dict(), unet_blocks(unet.config), UNET_LAYERS, UNET_PREFIX), [file]
+        ),
+        "vae": Part(
+            vae, find_origins(vae.state_dict(), vae_blocks(vae.config), VAE_LAYERS, VAE_PREFIX), [file]
+        ),
+    }
+    claimed = {origin.key for part in parts.values() for origin in part.origins.values()}
+    ignored = re.compile(f"{IGNORED.pattern}|{text.ignored}")
+    plan = Plan(
+        path,
+        "single file",
+        parts,
+        ScheduleConfig(),
+        pad="!" if is_openclip else END,
+        unexpected=[key for key in shapes if key not in claimed and not ignored.fullmatch(key)],
+    )
+    _choose_ema(plan, file, ema)
+    _read_yaml(plan, ask=is_openclip)
+    return plan
+
+
+def _below(prefix: str, shapes: Mapping[str, tuple[int, ...]], new: str = "") -> dict[str, tuple[int, ...]]:
+    return {new + key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+
+def _single_file_text(file: WeightFile) -> tuple[Part, bool]:
+    """The text encoder, and whether it is OpenCLIP's, as in SD 2.x."""
+    shapes = _below(OPENCLIP_PREFIX, file.shapes)
+    if shapes:
+        text = CLIPTextModel(TextConfig.from_openclip_shapes(shapes))
+        origins = find_origins(
+            text.state_dict(), openclip_blocks(text.config), OPENCLIP_LAYERS, OPENCLIP_PREFIX
+        )
+        last = re.escape(f"{OPENCLIP_PREFIX}transformer.resblocks.{text.config.num_hidden_layers}.")
+        return Part(text, origins, [file], ignored=f"{last}.*"), True
+    prefix = next(
+        (p for p in CLIP_PREFIXES if any(key.startswith(p) for key in file.shapes)), CLIP_PREFIXES[0]
+    )
+    text = CLIPTextModel(TextConfig.from_shapes(_below(prefix, file.shapes, "text_model.")))
+    return Part(text, find_origins(text.state_dict(), {"text_model.": ""}, {}, prefix), [file]), False
+
+
+def _choose_ema(plan: Plan, file: WeightFile, ema: bool) -> None:
+    """Training keeps a running average beside the raw weights; some files have both."""
+    origins = plan.parts["unet"].origins
+    averaged = {name: Origin(ema_key(origin.key), origin.form) for name, origin in origins.items()}
+    has_ema = all(origin.key in file.shapes for origin in averaged.values())
+    if ema and not has_ema:
+        raise InputError(f"{plan.path}: holds no EMA weights beside the others; leave out --ema")
+    if ema:
+        plan.parts["unet"].origins = averaged
+    if has_ema:
+        plan.notes.append(
+            "UNet: averaged (EMA) weights" if ema else "UNet: raw weights (--ema for the averaged ones)"
+        )
+
+
+def _read_yaml(plan: Plan, ask: bool) -> None:
+    """The config of the training code, where it lies beside the file, tells what the tensors do not."""
+    path = plan.path.with_suffix(".yaml")
+    if not path.is_file():
+        plan.ask_prediction_type = ask
+        return
+    try:
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
+        kind = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"}[params.get("parameterization", "eps")]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: is not the config of a latent diffusion model; fix or remove it") from None
+    plan.schedule = replace(plan.schedule, prediction_type=kind)
+    plan.notes.append(f"prediction type: {kind}, as {path.name} says")

@@ -1,0 +1,259 @@
+"""The parts of a Stable Diffusion put together: words to context, noise to latents, latents to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import load_parts
+from .clip import CLIPTextModel
+from .concept import Concept, PlaceholderEmbedding
+from .config import InputError
+from .diffusion import Schedule
+from .tokenizer import Tokenizer
+from .unet import UNet
+from .vae import VAE
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+    variant: str | None = None,
+    ema: bool = False,
+) -> StableDiffusion:
+    """Load a public Stable Diffusion checkpoint.
+
+    Args:
+        path: a folder in the diffusers layout, or a single `.safetensors` or `.ckpt` file.
+        device: "cpu", "cuda", "mps", or "auto": the best there is.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, half precision elsewhere.
+        tokenizer: folder or file, for single files, which come without one.
+        prediction_type: "epsilon", "v_prediction" or "sample", where the checkpoint does not say or is wrong.
+        variant: which of several sets of weights in a folder, such as "fp16".
+        ema: for a single file that holds both, the averaged weights instead of the raw ones.
+
+    Raises:
+        InputError: one line that says what is wrong with the checkpoint or an argument.
+    """
+    where = _choose_device(device)
+    if dtype not in (*DTYPES, "auto"):
+        raise InputError(f"dtype {dtype!r}: choose from auto, {', '.join(DTYPES)}")
+    if dtype == "auto":
+        half = "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+        dtype = "float32" if where.type == "cpu" else half
+    parts = load_parts(
+        path,
+        dtype=DTYPES[dtype],
+        device=where,
+        tokenizer=tokenizer,
+        prediction_type=prediction_type,
+        variant=variant,
+        ema=ema,
+    )
+    channels, latent = parts.unet.config.in_channels, parts.vae.config.latent_channels
+    if channels not in (latent, 2 * latent + 1):
+        raise InputError(
+            f"{path}: the UNet takes {channels} channels, neither those of a text-to-image model ({latent}) "
+            f"nor of an inpainting model ({2 * latent + 1})"
+        )
+    return StableDiffusion(**vars(parts))
+
+
+def _choose_device(name: str) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r}: choose from auto, cpu, cuda, cuda:N, mps") from None
+    if not available.get(device.type) or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise InputError(f"device {name!r} is not available here; use --device auto")
+    return device
+
+
+@dataclass
+class StableDiffusion:
+    """A text-to-image latent diffusion model. All modules are frozen and share one device and dtype."""
+
+    tokenizer: Tokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet
+    vae: VAE
+    schedule: Schedule
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the pictures the model was trained on."""
+        return self.unet.config.sample_size * self.vae.config.downscale
+
+    def add_concept(self, concept: Concept) -> None:
+        """Teach the model a learned word: it can be used in every prompt from now on.
+
+        Raises:
+            InputError: the word was learned for another kind of model, or its name is taken.
+        """
+        table = self.text_encoder.token_embedding
+        width, own = concept.vectors.shape[1], self.text_encoder.config.hidden_size
+        if width != own:
+            families = {768: " (SD 1.x)", 1024: " (SD 2.x)", 1280: " (LDM)"}
+            raise InputError(
+                f"{concept.placeholder!r} was learned on a {width}-wide text encoder{families.get(width, '')}; "
+                f"this checkpoint is {own} wide{families.get(own, '')}; use the model it was learned on"
+            )
+        rows = table.rows.data if isinstance(table, PlaceholderEmbedding) else torch.empty(0, own)
+        frozen = table.table if isinstance(table, PlaceholderEmbedding) else table
+        first = frozen.num_embeddings + len(rows)
+        self.tokenizer.add_placeholder(concept.placeholder, range(first, first + len(concept.vectors)))
+        rows = torch.cat([rows, concept.vectors.to(rows.device)])  # (n, D) -> (n + num_vectors, D)
+        self.text_encoder.token_embedding = PlaceholderEmbedding(frozen, rows)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to what the UNet attends to, (B, 77, D)."""
+        return self.text_encoder(self.tokenizer(prompts).to(self.device)).context
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """Latents of about unit variance, (B, C, h, w), to pictures."""
+        # One at a time: the decoder takes more memory than everything before it.
+        pixels = [self.vae.decode(z[None].to(self.dtype) / self.vae.config.scaling_factor) for z in latents]
+        array = torch.cat(pixels).float().div(2).add(0.5).clamp(0, 1).mul(255).round().byte()
+        return [
+            Image.fromarray(a) for a in array.permute(0, 2, 3, 1).cpu().numpy()
+        ]  # (B, 3, H, W) -> (B, H, W, 3)
+
+    def sample(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        eta: float = 0.0,
+        seed: int = 0,
+        num_images: int = 1,
+        batch_size: int = 4,
+        size: int | tuple[int, int] | None = None,
+    ) -> list[Image.Image]:
+        """Make pictures, `num_images` of each prompt, in order. Image i of each prompt has seed `seed + i`.
+
+        Args:
+            prompt: one prompt or several.
+            negative_prompt: what to steer away from, instead of from the empty prompt.
+            steps: DDIM steps.
+            guidance_scale: 1 is the model as it is; more follows the prompt closer (see `denoise`).
+            eta: 0 is deterministic, 1 has the noise of DDPM.
+            batch_size: pictures made at a time; changes memory and speed, not the pictures.
+            size: pixels, or (width, height), multiples of 8; by default what the model was trained on.
+
+        Returns:
+            List of pictures in RGB.
+        """
+        options = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "size": size}
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        jobs = [(p, seed + i) for p in prompts for i in range(num_images)]
+        images = []
+        for i in range(0, len(jobs), batch_size):
+            batch, seeds = zip(*jobs[i : i + batch_size], strict=True)
+            *_, latents = self.denoise(batch, seeds, negative_prompt=negative_prompt, **options)
+            images += self.decode_latents(latents)
+        return images
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative_prompt: str = "",
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        eta: float = 0.0,
+        size: int | tuple[int, int] | None = None,
+    ) -> Iterator[Tensor]:
+        """Turn noise into latents, one picture for each prompt and its seed, yielding every x_t on the way.
+
+        With a guidance scale w above 1 the UNet is asked twice, in one batch, with the prompt and without,
+        and eps = eps_without + w (eps_with - eps_without): classifier-free guidance (arXiv 2207.12598).
+
+        Yields:
+            (B, C, h, w) float32, `steps` times; the last are the finished latents.
+        """
+        width, height = self.check_size(size)
+        f, device = self.vae.config.downscale, self.device
+        shape = (1, self.vae.config.latent_channels, height // f, width // f)
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        x_T = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+        guided = guidance_scale > 1
+        texts = [negative_prompt] * len(prompts) * guided + list(prompts)
+        different = list(dict.fromkeys(texts))
+        context = self.encode_prompt(different)[[different.index(text) for text in texts]]
+        times = torch.tensor(self.schedule.timesteps(steps), device=device)
+        # All that depends on the words or on the time, for all steps at once.
+        words = self.unet.embed_context(context)
+        time = self.unet.embed_time(times)
+        extra = self._inpainting_channels(x_T)
+
+        def predict(x_t: Tensor, i: int) -> Tensor:
+            x = torch.cat([x_t.to(self.dtype), *extra], dim=1)
+            x = torch.cat([x, x]) if guided else x
+            output = self.unet.denoise(x, [t[i : i + 1] for t in time], words).float()
+            if not guided:
+                return output
+            without, with_prompt = output.chunk(2)
+            return without + guidance_scale * (with_prompt - without)
+
+        yield from self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
+
+    def _inpainting_channels(self, x: Tensor) -> list[Tensor]:
+        """What an inpainting UNet sees beside the noise: a mask and the latents of the masked picture.
+
+        Here everything is to be painted: the mask is one, and the masked picture is grey.
+        """
+        if self.unet.config.in_channels == x.shape[1]:
+            return []
+        h, w = (side * self.vae.config.downscale for side in x.shape[2:])
+        grey = self.vae.encode(torch.zeros(1, 3, h, w, device=x.device, dtype=self.dtype)).mean
+        grey = grey * self.vae.config.scaling_factor
+        return [torch.ones_like(x[:, :1], dtype=self.dtype), grey.expand_as(x)]
+
+    def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """(width, height) in pixels, filled in and checked. Raises InputError unless multiples of 8."""
+        width, height = (size or self.image_size,) * 2 if not isinstance(size, tuple) else size
+        f = self.vae.config.downscale
+        if width % f or height % f or width < f or height < f:
+            up = "x".join(str(max(f, -(-side // f) * f)) for side in (width, height))
+            raise InputError(f"size {width}x{height}: both sides must be multiples of {f}, for instance {up}")
+        return width, height
+
+
+def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size side by side, row by row."""
+    width, height = images[0].size
+    grid = Image.new("RGB", (width * min(columns, len(images)), height * -(-len(images) // columns)), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (width * (i % columns), height * (i // columns)))
+    return grid

@@ -1,0 +1,193 @@
+"""python -m minti.sample: pictures from prompts."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from . import __version__, cli
+from .concept import Concept
+from .config import InputError
+from .files import write_atomically
+from .pipeline import DTYPES, StableDiffusion, image_grid, load
+
+log = logging.getLogger(__name__)
+
+
+def options() -> cli.Options:
+    """The command line."""
+    opts = cli.Options("minti.sample", "Make pictures with a Stable Diffusion checkpoint and learned words.")
+    at_least_1 = cli.number(int, 1)
+    group = "what to make"
+    opts.add(group, "--prompt", [], metavar="TEXT", help="what to show; give it again for more prompts")
+    opts.add(group, "--negative-prompt", "", metavar="TEXT", help="what to steer away from")
+    opts.add(
+        group,
+        "--concept",
+        [],
+        metavar="[WORD=]FILE",
+        help="a learned word, renamed to WORD if given; repeatable",
+    )
+    opts.add(group, "--num-images", 4, type=at_least_1, metavar="N", help="pictures for each prompt")
+    opts.add(
+        group,
+        "--seed",
+        0,
+        type=cli.number(int, 0, 2**63 - 1),
+        help="seed of the first; the next has seed + 1",
+    )
+    opts.add(
+        group, "--size", type=cli.size, metavar="PX|WxH", help="size in pixels; by default the model's own"
+    )
+    opts.add(group, "--out", metavar="DIR", help="folder for the pictures")
+    opts.add(group, "--overwrite", False, help="replace pictures of the same name")
+    group = "how"
+    opts.add(group, "--steps", 50, type=at_least_1, help="DDIM steps")
+    opts.add(
+        group, "--guidance-scale", 7.5, type=cli.number(float, 0), help="how closely to follow the prompt"
+    )
+    opts.add(group, "--eta", 0.0, type=cli.number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
+    opts.add(group, "--batch-size", 4, type=at_least_1, help="pictures at a time")
+    opts.add(group, "--device", "auto", help="auto, cpu, cuda, cuda:N or mps")
+    opts.add(group, "--dtype", "auto", choices=["auto", *DTYPES], help="number format of the weights")
+    group = "the model"
+    opts.add(group, "--checkpoint", metavar="PATH", help="diffusers folder, or .safetensors or .ckpt file")
+    opts.add(group, "--tokenizer", metavar="PATH", help="tokenizer for a single file, folder or .txt.gz")
+    opts.add(group, "--variant", metavar="NAME", help="which weights of a folder, such as fp16")
+    opts.add(group, "--ema", False, help="the averaged weights of a file that has both")
+    kinds = ["epsilon", "v_prediction", "sample"]
+    opts.add(group, "--prediction-type", choices=kinds, help="overrides what the checkpoint says")
+    return opts
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+    path: Path
+
+
+def plan_jobs(prompts: Sequence[str], seed: int, num_images: int, out: Path) -> list[Job]:
+    """Every picture and the file it goes to, `<prompt>-<seed>.png`; like names are numbered."""
+    jobs, slugs = [], set()
+    for prompt in prompts:
+        slug = base = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:50].strip("-") or "picture"
+        number = 1
+        while slug in slugs:
+            number += 1
+            slug = f"{base}-no{number}"
+        slugs.add(slug)
+        jobs += [Job(prompt, seed + i, out / f"{slug}-{seed + i}.png") for i in range(num_images)]
+    return jobs
+
+
+def load_model(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]:
+    """The checkpoint with its learned words, (word -> concept)."""
+    concepts = {}
+    for text in args.concept:
+        word, equals, file = text.partition("=")
+        if not equals or Path(text).exists():
+            word, file = None, text
+        concept = Concept.load(file, placeholder=word)
+        if concept.placeholder in concepts:
+            raise InputError(
+                f"{file}: {concept.placeholder!r} is learned twice; rename one: --concept '<new>={file}'"
+            )
+        concepts[concept.placeholder] = concept
+    sd = load(
+        args.checkpoint,
+        device=args.device,
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        prediction_type=args.prediction_type,
+        variant=args.variant,
+        ema=args.ema,
+    )
+    for concept in concepts.values():
+        sd.add_concept(concept)
+    return sd, concepts
+
+
+def encode_png(image: Image.Image, text: dict[str, str]) -> bytes:
+    """A picture as the bytes of a PNG file that carries `text` along."""
+    info, buffer = PngInfo(), io.BytesIO()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, make the pictures, write them one by one and a grid of all at the end."""
+    args = options().parse(argv, required=["checkpoint", "prompt", "out"])
+    out = Path(args.out)
+    jobs = plan_jobs(args.prompt, args.seed, args.num_images, out)
+    taken = [job.path for job in jobs if job.path.exists()]
+    if taken and not args.overwrite:
+        raise InputError(f"{taken[0]}: exists already; give another --out or --seed, or --overwrite")
+
+    sd, concepts = load_model(args)
+    width, height = sd.check_size(args.size)
+    if (width, height) != (sd.image_size, sd.image_size):
+        log.info(
+            "%dx%d pixels: the model was trained on %d, expect repetitions", width, height, sd.image_size
+        )
+    sd.schedule.timesteps(args.steps)
+    sd.tokenizer([*args.prompt, args.negative_prompt])  # complains now rather than later
+    write_atomically(
+        out / "config.yaml", yaml.safe_dump(_plain(args), sort_keys=False, allow_unicode=True).encode()
+    )
+
+    settings = {key: getattr(args, key) for key in ("steps", "guidance_scale", "eta", "checkpoint", "dtype")}
+    settings |= {"width": width, "height": height, "negative_prompt": args.negative_prompt}
+    learned = {word: concept.digest for word, concept in concepts.items()}
+    how = {
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "eta": args.eta,
+        "size": (width, height),
+    }
+    how |= {"negative_prompt": args.negative_prompt}
+    batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
+    progress = cli.Progress(len(batches) * args.steps, "step")
+    images, start = [], time.monotonic()
+    try:
+        for batch in batches:
+            for x_t in sd.denoise([job.prompt for job in batch], [job.seed for job in batch], **how):
+                latents = x_t
+                progress.step()
+            for job, image in zip(batch, sd.decode_latents(latents), strict=True):
+                text = {"prompt": job.prompt, "seed": str(job.seed), "settings": json.dumps(settings)}
+                text |= {"concepts": json.dumps(learned), "software": f"minti {__version__}"}
+                write_atomically(job.path, encode_png(image, text))
+                images.append(image)
+    finally:
+        progress.close()
+        if images:
+            write_atomically(out / "grid.png", encode_png(image_grid(images, args.num_images), {}))
+    log.info("%d pictures in %s (%.1f s), together in grid.png", len(images), out, time.monotonic() - start)
+
+
+def _plain(args: argparse.Namespace) -> dict[str, object]:
+    """Options as they would be written in a config file."""
+    values = {key: value for key, value in vars(args).items() if value is not None}
+    if isinstance(args.size, tuple):
+        values["size"] = "x".join(map(str, args.size))
+    return values
+
+
+if __name__ == "__main__":
+    cli.run("minti.sample", main)
