@@ -1,4 +1,4 @@
-"""A learned word: the rows that Textual Inversion adds to the embedding table, and the file they travel in."""
+"""A learned word: the rows that Textual Inversion adds to the embedding table, and the file they come in."""
 
 from __future__ import annotations
 

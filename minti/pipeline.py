@@ -119,7 +119,7 @@ class StableDiffusion:
         if width != own:
             families = {768: " (SD 1.x)", 1024: " (SD 2.x)", 1280: " (LDM)"}
             raise InputError(
-                f"{concept.placeholder!r} was learned on a {width}-wide text encoder{families.get(width, '')}; "
+                f"{concept.placeholder!r} was learned on a {width}-wide encoder{families.get(width, '')}; "
                 f"this checkpoint is {own} wide{families.get(own, '')}; use the model it was learned on"
             )
         rows = table.rows.data if isinstance(table, PlaceholderEmbedding) else torch.empty(0, own)
