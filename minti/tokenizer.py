@@ -14,7 +14,7 @@ from __future__ import annotations
 import gzip
 import html
 import itertools
-import warnings
+import logging
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from .config import InputError, read_json
+
+log = logging.getLogger(__name__)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PATTERN = regex.compile(
@@ -244,7 +246,7 @@ class Tokenizer:
             if lost:
                 cut = " ".join(lost)
                 cut = cut if len(cut) <= 200 else f"{cut[:200]}..."
-                warnings.warn(f"a prompt has {room} tokens at most; cut off: {cut!r}", stacklevel=2)
+                log.warning("a prompt has %d tokens at most; cut off: %r", room, cut)
             ids = [*ids[: self.max_length - 1], self.end_id]
             row[: len(ids)] = torch.tensor(ids)
         return rows

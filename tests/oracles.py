@@ -1,4 +1,4 @@
-"""Small Stable Diffusions with random weights, built by the reference libraries: what minti is compared with."""
+"""Small Stable Diffusions with random weights, made by the reference libraries, to compare minti with."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> Path:
                 merges.append((left, right))
             left += right
     vocab = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges)]
-    vocab = list(dict.fromkeys(vocab)) + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = [*dict.fromkeys(vocab), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(vocab)}), encoding="utf-8")
     (folder / "merges.txt").write_text(
         "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
