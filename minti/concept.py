@@ -20,18 +20,33 @@ from .weightfile import WeightFile, read_metadata
 class PlaceholderEmbedding(nn.Module):
     """The text encoder's table of word vectors, frozen, with learned rows below it.
 
-    Ids of the vocabulary look a vector up in the table, ids above it in `rows`. The rows are a parameter of
-    their own, in float32 whatever the table's dtype, so that nothing but them can ever receive a gradient.
+    Ids of the vocabulary look a vector up in the table, ids above it in the rows of the placeholder words,
+    one word after the other. These rows are parameters of their own, in float32 whatever the table's dtype,
+    so that nothing but them can ever receive a gradient.
 
     Args:
         table: (vocab_size, D) embedding of the checkpoint.
-        rows: (n, D) vectors of the placeholder words, for ids vocab_size to vocab_size + n - 1.
+        words: (num_vectors, D) for each placeholder word.
     """
 
-    def __init__(self, table: nn.Embedding, rows: Tensor) -> None:
+    def __init__(self, table: nn.Embedding, *words: Tensor) -> None:
         super().__init__()
         self.table = table
-        self.rows = nn.Parameter(rows.to(table.weight.device, torch.float32), requires_grad=False)
+        self.words = nn.ParameterList()
+        for rows in words:
+            self.add(rows)
+
+    def add(self, rows: Tensor) -> nn.Parameter:
+        """Append a word, (num_vectors, D); its ids follow those of the words before. Frozen until told otherwise."""
+        rows = rows.to(self.table.weight.device, torch.float32, copy=True)
+        self.words.append(nn.Parameter(rows, requires_grad=False))
+        return self.words[-1]
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows of all words, (n, D) float32."""
+        empty = self.table.weight.new_empty(0, self.table.embedding_dim, dtype=torch.float32)
+        return torch.cat([empty, *self.words])
 
     @property
     def weight(self) -> Tensor:
@@ -43,6 +58,8 @@ class PlaceholderEmbedding(nn.Module):
         vocab_size = self.table.num_embeddings
         learned = ids >= vocab_size
         known = self.table(ids.where(~learned, 0))
+        if not self.words:
+            return known
         rows = F.embedding((ids - vocab_size).where(learned, 0), self.rows).to(known.dtype)
         return torch.where(learned[..., None], rows, known)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import load_parts
 from .clip import CLIPTextModel
@@ -108,8 +108,14 @@ class StableDiffusion:
         """Height and width in pixels of the pictures the model was trained on."""
         return self.unet.config.sample_size * self.vae.config.downscale
 
-    def add_concept(self, concept: Concept) -> None:
+    def add_concept(self, concept: Concept, *, replace: bool = False) -> nn.Parameter:
         """Teach the model a learned word: it can be used in every prompt from now on.
+
+        Args:
+            replace: allow a word that has a meaning already, see `Tokenizer.add_placeholder`.
+
+        Returns:
+            The (num_vectors, D) rows that stand for the word, for whoever wants to train them further.
 
         Raises:
             InputError: the word was learned for another kind of model, or its name is taken.
@@ -122,12 +128,12 @@ class StableDiffusion:
                 f"{concept.placeholder!r} was learned on a {width}-wide encoder{families.get(width, '')}; "
                 f"this checkpoint is {own} wide{families.get(own, '')}; use the model it was learned on"
             )
-        rows = table.rows.data if isinstance(table, PlaceholderEmbedding) else torch.empty(0, own)
-        frozen = table.table if isinstance(table, PlaceholderEmbedding) else table
-        first = frozen.num_embeddings + len(rows)
-        self.tokenizer.add_placeholder(concept.placeholder, range(first, first + len(concept.vectors)))
-        rows = torch.cat([rows, concept.vectors.to(rows.device)])  # (n, D) -> (n + num_vectors, D)
-        self.text_encoder.token_embedding = PlaceholderEmbedding(frozen, rows)
+        embedding = table if isinstance(table, PlaceholderEmbedding) else PlaceholderEmbedding(table)
+        first = len(embedding.weight)
+        ids = range(first, first + len(concept.vectors))
+        self.tokenizer.add_placeholder(concept.placeholder, ids, replace=replace)
+        self.text_encoder.token_embedding = embedding
+        return embedding.add(concept.vectors)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
