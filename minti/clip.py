@@ -129,10 +129,6 @@ class CLIPTextModel(nn.Module):
         """The table of word vectors, (vocab_size, D): where Textual Inversion adds its rows."""
         return self.text_model.embeddings.token_embedding
 
-    @token_embedding.setter
-    def token_embedding(self, module: nn.Module) -> None:
-        self.text_model.embeddings.token_embedding = module
-
     def forward(self, ids: Tensor) -> TextOutput:
         """Encode token ids, (B, L) int64 with L at most 77.
 

@@ -37,7 +37,7 @@ class PlaceholderEmbedding(nn.Module):
             self.add(rows)
 
     def add(self, rows: Tensor) -> nn.Parameter:
-        """Append a word, (num_vectors, D); its ids follow those of the words before. Frozen until told otherwise."""
+        """Append a word, (num_vectors, D), frozen at first; its ids follow those of the words before."""
         rows = rows.to(self.table.weight.device, torch.float32, copy=True)
         self.words.append(nn.Parameter(rows, requires_grad=False))
         return self.words[-1]

@@ -132,7 +132,7 @@ class StableDiffusion:
         first = len(embedding.weight)
         ids = range(first, first + len(concept.vectors))
         self.tokenizer.add_placeholder(concept.placeholder, ids, replace=replace)
-        self.text_encoder.token_embedding = embedding
+        self.text_encoder.text_model.embeddings.token_embedding = embedding
         return embedding.add(concept.vectors)
 
     @torch.no_grad()
