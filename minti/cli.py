@@ -19,7 +19,9 @@ import yaml
 from .config import InputError
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, by way of `run`."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
@@ -32,7 +34,7 @@ class Options:
     """
 
     def __init__(self, command: str, description: str) -> None:
-        self._parser = _Parser(
+        self._parser = Parser(
             prog=f"python -m {command}", description=description, argument_default=argparse.SUPPRESS
         )
         self._defaults: dict[str, Any] = {}

@@ -293,6 +293,7 @@ class UNetConfig:
             num_attention_heads=tuple(max(1, c // 64) if linear else 8 for c in channels),
             cross_attention_dim=shapes[f"{attended[0]}.transformer_blocks.0.attn2.to_k.weight"][1],
             use_linear_projection=linear,
+            upcast_attention=linear and not pooled,  # SD 2.1 needs it, 2.0 cannot be told apart
             addition_time_embed_dim=256 if pooled else None,
             projection_class_embeddings_input_dim=pooled[1] if pooled else None,
         )

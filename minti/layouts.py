@@ -49,8 +49,9 @@ class Part:
     ignored: str = r"(?!)"  # keys of the files that belong to nobody, besides keymap.IGNORED
 
     def problems(self) -> list[str]:
-        """What keeps the weights from fitting: missing keys and wrong shapes, one line each."""
+        """What keeps the weights from fitting: missing keys, wrong shapes and types, one line each."""
         shapes = {key: shape for file in self.files for key, shape in file.shapes.items()}
+        dtypes = {key: dtype for file in self.files for key, dtype in file.dtypes.items()}
         found = []
         for name, tensor in self.module.state_dict().items():
             origin = self.origins[name]
@@ -61,6 +62,8 @@ class Part:
                 found.append(
                     f"{origin.key} has shape {shapes[origin.key]}, the config asks for {expected[0]}"
                 )
+            elif not dtypes[origin.key].is_floating_point:
+                found.append(f"{origin.key} is {dtypes[origin.key]}; quantised checkpoints cannot be used")
         return found
 
     def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -74,10 +77,6 @@ class Part:
             # Where nothing needs converting, the weights stay what they are: views of the file.
             copied = device.type != "cpu" or any(file.dtypes[key] != dtype for key in wanted)
             for key, stored in file.read(list(wanted), copied=copied):
-                if not stored.is_floating_point():
-                    raise InputError(
-                        f"{file.path}: {key} is {stored.dtype}; quantised checkpoints cannot be used"
-                    )
                 for name in wanted[key]:
                     ours = to_ours(stored, self.origins[name].form).contiguous()
                     state[name] = ours = ours.to(device, dtype, copy=copied)
@@ -117,6 +116,13 @@ class Plan:
     def problems(self) -> list[str]:
         """Everything that keeps it from being loaded, one line each; empty if all is well."""
         found = [f"{name}: {problem}" for name, part in self.parts.items() for problem in part.problems()]
+        channels = self.parts["unet"].module.config.in_channels
+        latent = self.parts["vae"].module.config.latent_channels
+        if channels not in (latent, 2 * latent + 1):
+            found.append(
+                f"unet: takes {channels} channels, neither those of a text-to-image model ({latent}) nor of an "
+                f"inpainting model ({2 * latent + 1})"
+            )
         return found + [f"unexpected key {key}" for key in self.unexpected]
 
     @property

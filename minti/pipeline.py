@@ -61,12 +61,6 @@ def load(
         variant=variant,
         ema=ema,
     )
-    channels, latent = parts.unet.config.in_channels, parts.vae.config.latent_channels
-    if channels not in (latent, 2 * latent + 1):
-        raise InputError(
-            f"{path}: the UNet takes {channels} channels, neither those of a text-to-image model ({latent}) "
-            f"nor of an inpainting model ({2 * latent + 1})"
-        )
     return StableDiffusion(**vars(parts))
 
 
