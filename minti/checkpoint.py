@@ -51,12 +51,6 @@ def load_parts(
         raise InputError(f"{plan.path}: does not fit; {'; '.join(problems[:3])}{more}")
     words = load_tokenizer(plan, tokenizer)
     modules = {name: part.load(dtype, device) for name, part in plan.parts.items()}
-    rows = modules["text_encoder"].config.vocab_size
-    if len(words) > rows:
-        raise InputError(
-            f"the tokenizer has {len(words)} ids but the text encoder of {plan.path} knows {rows}; "
-            "give the tokenizer that belongs to it with --tokenizer"
-        )
     if prediction_type:
         plan.schedule = replace(plan.schedule, prediction_type=prediction_type)
     elif plan.ask_prediction_type:
@@ -102,7 +96,14 @@ def load_tokenizer(plan: Plan, path: str | Path | None = None) -> Tokenizer:
     candidates = [Path(path)] if path else [folder / name for name in names]
     for candidate in candidates:
         if candidate.is_file() or any((candidate / n).is_file() for n in ("vocab.json", "tokenizer.json")):
-            return Tokenizer.load(candidate, pad=plan.pad)
+            tokenizer = Tokenizer.load(candidate, pad=plan.pad)
+            rows = plan.parts["text_encoder"].module.config.vocab_size
+            if len(tokenizer) > rows:
+                raise InputError(
+                    f"{candidate}: has {len(tokenizer)} ids, but the text encoder of {plan.path} knows {rows}; "
+                    "give the tokenizer that belongs to it with --tokenizer"
+                )
+            return tokenizer
     if path:
         raise InputError(
             f"{path}: no tokenizer here (vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz)"

@@ -120,8 +120,8 @@ class Plan:
         latent = self.parts["vae"].module.config.latent_channels
         if channels not in (latent, 2 * latent + 1):
             found.append(
-                f"unet: takes {channels} channels, neither those of a text-to-image model ({latent}) nor of an "
-                f"inpainting model ({2 * latent + 1})"
+                f"unet: takes {channels} channels, neither those of a text-to-image model ({latent}) nor of "
+                f"an inpainting model ({2 * latent + 1})"
             )
         return found + [f"unexpected key {key}" for key in self.unexpected]
 
