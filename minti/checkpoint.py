@@ -100,7 +100,7 @@ def load_tokenizer(plan: Plan, path: str | Path | None = None) -> Tokenizer:
             rows = plan.parts["text_encoder"].module.config.vocab_size
             if len(tokenizer) > rows:
                 raise InputError(
-                    f"{candidate}: has {len(tokenizer)} ids, but the text encoder of {plan.path} knows {rows}; "
+                    f"{candidate}: has {len(tokenizer)} ids, the text encoder of {plan.path} knows {rows}; "
                     "give the tokenizer that belongs to it with --tokenizer"
                 )
             return tokenizer

@@ -215,7 +215,7 @@ class StableDiffusion:
         # All that depends on the words or on the time, for all steps at once.
         words = self.unet.embed_context(context)
         time = self.unet.embed_time(times)
-        extra = self._inpainting_channels(x_T)
+        extra = self.inpainting_channels(x_T)
 
         def predict(x_t: Tensor, i: int) -> Tensor:
             x = torch.cat([x_t.to(self.dtype), *extra], dim=1)
@@ -228,10 +228,11 @@ class StableDiffusion:
 
         yield from self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
 
-    def _inpainting_channels(self, x: Tensor) -> list[Tensor]:
-        """What an inpainting UNet sees beside the noise: a mask and the latents of the masked picture.
+    @torch.no_grad()
+    def inpainting_channels(self, x: Tensor) -> list[Tensor]:
+        """What an inpainting UNet sees beside noisy latents x, (B, C, h, w): a mask, and the picture behind it.
 
-        Here everything is to be painted: the mask is one, and the masked picture is grey.
+        Here everything is to be painted: the mask is one, and the picture grey. Other models see nothing.
         """
         if self.unet.config.in_channels == x.shape[1]:
             return []

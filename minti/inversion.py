@@ -1,0 +1,313 @@
+"""Textual Inversion (Gal et al. 2022, arXiv 2208.01618): learning the vectors of a word, the model frozen.
+
+    v* = argmin_v  E || eps - eps_theta(x_t, t, c(y_v)) ||^2                              (equation 2)
+
+The rows v of a placeholder word are the only parameters. Because nothing else changes, one batch may serve
+several words that know nothing of each other: each has its own samples, its own loss and its own rows, and
+comes out as if it had been learned alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .concept import Concept
+from .config import InputError
+from .data import encode_views, load_photos, make_views
+from .draws import Samples, Settings, Word, draw, generator, photo_word
+from .pipeline import StableDiffusion
+from .templates import load_templates
+from .tokenizer import clean
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a finite number; the rows are those of the step before."""
+
+
+def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1, seed: int = 0) -> Tensor:
+    """Where the rows of a new word start, (num_vectors, D) float32.
+
+    Args:
+        kind: "word": the vectors of `word`, a coarse description of the concept such as "toy". The k tokens
+            of a phrase are spread over the vectors: repeated if too few, averaged if too many.
+            "output": the same of the text encoder's output for it (Cross Initialization, arXiv 2312.15905).
+            "random": drawn from the normal distribution of the vocabulary.
+            "file": the vectors of a concept file at the path `word`.
+
+    Raises:
+        InputError: `word` is empty or of no use for that kind.
+    """
+    table = sd.text_encoder.token_embedding.weight
+    if kind == "file":
+        return Concept.load(word).vectors
+    if kind == "random":
+        mean, std = table.float().mean(0).cpu(), table.float().std(0).cpu()
+        return mean + std * torch.randn(num_vectors, len(mean), generator=generator(seed, "init"))
+    if kind not in ("word", "output"):
+        raise InputError(f"init {kind!r}: choose from word, output, random, file")
+    ids = sd.tokenizer.encode(word)
+    if not ids:
+        raise InputError(
+            f"init word {word!r} is empty; give a coarse description of the concept, such as toy"
+        )
+    if kind == "word":
+        vectors = table[torch.tensor(ids, device=table.device)]
+    else:
+        vectors = sd.encode_prompt([word])[0, 1 : 1 + len(ids)]  # behind the start token
+    share = len(ids) / num_vectors
+    first = [int(i * share) for i in range(num_vectors)]
+    last = [max(int((i + 1) * share), first[i] + 1) for i in range(num_vectors)]
+    return torch.stack([vectors[a:b].float().mean(0) for a, b in zip(first, last, strict=True)]).cpu()
+
+
+class Inversion:
+    """Words in the course of being learned.
+
+    Args:
+        sd: the model; the words are added to its tokenizer and text encoder.
+        words: one or several.
+        settings: how.
+        replace: allow placeholders that mean something already.
+        rank, world: which of how many processes this is; each handles its share of every batch.
+    """
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        words: Sequence[Word],
+        settings: Settings,
+        *,
+        replace: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.sd, self.words, self.settings = sd, list(words), settings
+        self.rank, self.world = rank, world
+        self.step_count = 0
+        table = sd.text_encoder.token_embedding.weight
+        self.vocabulary_norm = table.float().norm(dim=1).mean().item()
+        self.rows = [sd.add_concept(Concept(w.placeholder, w.init), replace=replace) for w in self.words]
+        self.photo_rows = [self._add_photo_words(word) for word in self.words]
+        groups = []
+        for word, rows, photo_rows in zip(self.words, self.rows, self.photo_rows, strict=True):
+            parameters = [p.requires_grad_(True) for p in (rows, *photo_rows)]
+            groups.append({"params": parameters, "lr": word.lr})
+        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
+        # float16 has so small a range that gradients vanish unless the loss is scaled up.
+        self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
+        self._all_ids = [sd.tokenizer.placeholders[clean(word.placeholder)] for word in self.words]
+        self._ids_of: dict[str, Tensor] = {}
+        self._extra = sd.inpainting_channels(self.words[0].latents.mean[:1])
+        self._use_vectors()
+
+    def _add_photo_words(self, word: Word) -> list[torch.nn.Parameter]:
+        """A word for each photo, starting at random, which takes up what is special about that photo."""
+        if not self.settings.per_image:
+            return []
+        count = int(word.latents.photo.max()) + 1
+        start = initial_rows(self.sd, "random", "", count, word.seed)
+        return [
+            self.sd.add_concept(Concept(photo_word(word, photo), start[photo : photo + 1]))
+            for photo in range(count)
+        ]
+
+    def _draw(self, word: Word, count: int, *key: object) -> Samples:
+        return draw(word, self.settings, self.sd.schedule.config.num_train_timesteps, count, *key)
+
+    def _losses(self, samples: Sequence[Samples]) -> Tensor:
+        """The loss of each sample: words one after the other, (sum of counts,) float32."""
+        device, schedule = self.sd.device, self.sd.schedule
+        x0, weight = [], []
+        for word, s in zip(self.words, samples, strict=True):
+            view, latents = s.view.to(device), word.latents
+            x0.append(latents.mean[view] + latents.std[view] * s.posterior_noise.to(device))
+            weight.append(latents.weight[view])
+        x0, weight = torch.cat(x0), torch.cat(weight)
+        eps = torch.cat([s.eps for s in samples]).to(device)
+        t = torch.cat([s.t for s in samples]).to(device)
+        ids = torch.stack([self._encode(prompt) for s in samples for prompt in s.prompts]).to(device)
+
+        x_t = schedule.q_sample(x0, eps, t).to(self.sd.dtype)
+        x_t = torch.cat([x_t, *(extra.expand(len(x_t), -1, -1, -1) for extra in self._extra)], dim=1)
+        context = self.sd.text_encoder(ids).context
+        prediction = self.sd.unet(x_t, t, context).float()
+        error = weight * (prediction - schedule.target(x0, eps, t)) ** 2  # (B, C, h, w)
+        return error.mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3)).clamp(min=1e-6)
+
+    def _encode(self, prompt: str) -> Tensor:
+        """Token ids of a prompt, (77,), found once."""
+        if prompt not in self._ids_of:
+            self._ids_of[prompt] = self.sd.tokenizer(prompt)[0]
+        return self._ids_of[prompt]
+
+    def _use_vectors(self) -> None:
+        """Progressive extension: let prompts use as many vectors of each word as are in play at this step."""
+        joined = sum(self.step_count >= step for step in self.settings.progressive)
+        for word, rows, ids in zip(self.words, self.rows, self._all_ids, strict=True):
+            in_play = ids[: 1 + joined] if self.settings.progressive else ids
+            placeholders, key = self.sd.tokenizer.placeholders, clean(word.placeholder)
+            if list(placeholders[key]) != list(in_play):
+                placeholders[key] = in_play
+                self._ids_of.clear()
+            if self.step_count in self.settings.progressive and joined < len(rows):
+                rows.data[joined] = word.init[joined].to(rows)  # weight decay has been at it
+
+    def step(self) -> Tensor:
+        """One update. Returns the loss of each word, (words,) float32.
+
+        Raises:
+            Diverged: a loss or gradient is not finite; nothing has been updated.
+        """
+        settings, n = self.settings, self.settings.batch_size
+        self._use_vectors()
+        total = n * settings.accumulate * self.world
+        drawn = [self._draw(word, total, self.step_count) for word in self.words]
+        losses = torch.zeros(len(self.words), device=self.sd.device)
+        self.optimizer.zero_grad(set_to_none=False)
+        for i in range(settings.accumulate):
+            first = (i * self.world + self.rank) * n
+            loss = self._losses([s[first : first + n] for s in drawn]).view(len(self.words), n).sum(1) / total
+            self.scaler.scale(loss.sum()).backward()
+            losses += loss.detach()
+        if self.rank == 0 and settings.regularization:
+            drift = [
+                (r - w.init.to(r)).square().sum(1).mean() for r, w in zip(self.rows, self.words, strict=True)
+            ]
+            self.scaler.scale(settings.regularization * sum(drift)).backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.world > 1:
+            for tensor in (losses, *(p.grad for p in parameters)):
+                dist.all_reduce(tensor)
+        self._check(losses, parameters)
+        for group, word in zip(self.optimizer.param_groups, self.words, strict=True):
+            group["lr"] = word.lr * settings.lr_factor(self.step_count)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if settings.max_norm is not None:
+            for p in parameters:
+                p.data.renorm_(2, 0, settings.max_norm * self.vocabulary_norm)
+        self.step_count += 1
+        return losses
+
+    def _check(self, losses: Tensor, parameters: Sequence[Tensor]) -> None:
+        # With a scaled loss, gradients may overflow: the scaler then leaves out the step and scales less.
+        scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        tensors = [losses] if scaled else [losses, *(p.grad for p in parameters if p.grad is not None)]
+        if all(t.isfinite().all() for t in tensors):
+            return
+        longest = max(rows.detach().norm(dim=1).max().item() for rows in self.rows) / self.vocabulary_norm
+        if longest > 20:
+            cause = (
+                f"a vector has grown {longest:.0f} times too long: lower the learning rate, or set max_norm"
+            )
+        elif self.sd.dtype == torch.float16:
+            cause = "the model overflows in float16: use bfloat16 or float32"
+        else:
+            cause = "the learning rate is too high"
+        raise Diverged(f"step {self.step_count + 1}: the loss is not finite; probably {cause}")
+
+    @torch.no_grad()
+    def evaluate(self) -> Tensor:
+        """The loss of each word on samples that are always the same, (words,) float32.
+
+        The loss of a training step says little, since it depends mostly on which time steps and noise were
+        drawn. With these fixed, it shows how the word gets better (DVAR, arXiv 2302.04841).
+        """
+        n, size, sums = self.settings.batch_size, self.settings.eval_size, 0
+        drawn = [self._draw(word, size, "evaluation", self.settings.eval_seed) for word in self.words]
+        for first in range(0, size, n):
+            losses = self._losses([s[first : first + n] for s in drawn])
+            sums = sums + losses.view(len(self.words), -1).sum(1)
+        return sums / size
+
+    def concept(self, index: int, metadata: dict[str, str] | None = None) -> Concept:
+        """A word as it is now."""
+        rows = self.rows[index].detach().cpu().clone()
+        return Concept(self.words[index].placeholder, rows, metadata or {})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that changes in the course of learning."""
+        state = {"step": torch.tensor(self.step_count)}
+        for i, group in enumerate(self.optimizer.param_groups):
+            for j, p in enumerate(group["params"]):
+                state[f"{i}.{j}.rows"] = p.detach()
+                state |= {f"{i}.{j}.{key}": value for key, value in self.optimizer.state[p].items()}
+        scaler = {key: torch.tensor(float(value)) for key, value in self.scaler.state_dict().items()}
+        return state | {f"scaler.{key}": value for key, value in scaler.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.step_count = int(state["step"])
+        for i, group in enumerate(self.optimizer.param_groups):
+            for j, p in enumerate(group["params"]):
+                p.copy_(state[f"{i}.{j}.rows"])
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{i}.{j}.{key}" in state]
+                # AdamW keeps its count of steps on the CPU.
+                places = {"step": torch.device("cpu")}
+                self.optimizer.state[p] = {k: state[f"{i}.{j}.{k}"].to(places.get(k, p.device)) for k in keys}
+        scaler = {
+            key.removeprefix("scaler."): v.item() for key, v in state.items() if key.startswith("scaler.")
+        }
+        if scaler:
+            scaler |= {key: int(scaler[key]) for key in ("growth_interval", "_growth_tracker")}
+            self.scaler.load_state_dict(scaler)
+        self._use_vectors()
+
+
+def learn(
+    sd: StableDiffusion,
+    images: str | Path,
+    placeholder: str,
+    init_word: str,
+    *,
+    num_vectors: int = 1,
+    lr: float = 5e-3,
+    seed: int = 0,
+    size: int | None = None,
+    templates: str = "object",
+    on_step: Callable[[int, float], None] | None = None,
+    **settings: Any,
+) -> Concept:
+    """Learn a word from a folder of photos.
+
+    Args:
+        sd: a loaded checkpoint; it knows the word afterwards.
+        images: folder with three to five photos.
+        placeholder: the new word, such as "<toy>".
+        init_word: a coarse description of the concept, such as "toy".
+        size: pixels to train at; by default what the model was trained on.
+        templates: "object", "style", or a file, see `templates.load_templates`.
+        on_step: called after every step with its number, from 1, and the loss.
+        settings: fields of `Settings`, such as `steps` and `batch_size`.
+
+    Returns:
+        The word, also usable with `sd` at once.
+
+    Raises:
+        InputError: photos or arguments that cannot be used.
+        Diverged: the loss became infinite.
+    """
+    photos = load_photos(images)
+    size = sd.check_size(size)[0]
+    word = Word(
+        placeholder,
+        initial_rows(sd, "word", init_word, num_vectors),
+        encode_views(sd, make_views(photos, size, flip=True, seed=seed)),
+        load_templates(templates),
+        [photo.caption for photo in photos],
+        lr=lr,
+        seed=seed,
+    )
+    inversion = Inversion(sd, [word], Settings(**settings))
+    for i in range(inversion.settings.steps):
+        loss = inversion.step()
+        if on_step:
+            on_step(i + 1, loss.item())
+    return inversion.concept(0)
