@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from .config import InputError
+from .pipeline import DTYPES, StableDiffusion, load
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +61,19 @@ class Options:
         self._defaults[name] = default
         self._groups[group].add_argument(flag, help=help, **options)
 
+    def add_model(self) -> None:
+        """Declare the options that say which model to load, and how; see `load_model`."""
+        group, kinds = "the model", ["epsilon", "v_prediction", "sample"]
+        self.add(
+            group, "--checkpoint", metavar="PATH", help="diffusers folder, or .safetensors or .ckpt file"
+        )
+        self.add(group, "--tokenizer", metavar="PATH", help="tokenizer for a single file, folder or .txt.gz")
+        self.add(group, "--variant", metavar="NAME", help="which weights of a folder, such as fp16")
+        self.add(group, "--ema", False, help="the averaged weights of a file that has both")
+        self.add(group, "--prediction-type", choices=kinds, help="overrides what the checkpoint says")
+        self.add(group, "--device", "auto", help="auto, cpu, cuda, cuda:N or mps")
+        self.add(group, "--dtype", "auto", choices=["auto", *DTYPES], help="number format of the weights")
+
     def parse(self, argv: Sequence[str] | None, required: Sequence[str]) -> argparse.Namespace:
         """All options, resolved. Raises InputError for unknown ones, bad values, required ones left out."""
         flags = vars(self._parser.parse_args(argv))
@@ -87,6 +101,19 @@ class Options:
             elif value is not None:
                 flags += [f"{flag}={v}" for v in (value if isinstance(value, list) else [value])]
         return flags
+
+
+def load_model(args: argparse.Namespace) -> StableDiffusion:
+    """The model that the options of `Options.add_model` ask for."""
+    keys = ("tokenizer", "variant", "ema", "prediction_type", "device", "dtype")
+    return load(args.checkpoint, **{key: getattr(args, key) for key in keys})
+
+
+def to_yaml(args: argparse.Namespace) -> bytes:
+    """Options as a config file that gives them again."""
+    values = {key: value for key, value in vars(args).items() if value is not None}
+    values |= {key: "x".join(map(str, value)) for key, value in values.items() if isinstance(value, tuple)}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -128,14 +155,15 @@ class Progress:
 
     EVERY = 5.0  # seconds
 
-    def __init__(self, total: int, unit: str) -> None:
-        self.total, self.unit, self.done = total, unit, 0
+    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+        self.total, self.unit, self.done = total, unit, done
+        self._first = done
         self._start = self._last = time.monotonic()
         self._bar = None
         if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit=unit)
+            self._bar = tqdm(total=total, unit=unit, initial=done)
 
     def step(self, note: str = "") -> None:
         """One more unit of work is done."""
@@ -146,7 +174,7 @@ class Progress:
             return
         now = time.monotonic()
         if now - self._last >= self.EVERY or self.done == self.total:
-            rate = self.done / max(now - self._start, 1e-9)
+            rate = (self.done - self._first) / max(now - self._start, 1e-9)
             left = int((self.total - self.done) / rate)
             text = f"{self.done}/{self.total} {self.unit}s, {rate:.2f}/s, {left // 60}:{left % 60:02d} left"
             print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)

@@ -230,7 +230,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def inpainting_channels(self, x: Tensor) -> list[Tensor]:
-        """What an inpainting UNet sees beside noisy latents x, (B, C, h, w): a mask, and the picture behind it.
+        """What an inpainting UNet sees beside noisy latents x, (B, C, h, w): a mask and a picture.
 
         Here everything is to be painted: the mask is one, and the picture grey. Other models see nothing.
         """

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -20,7 +19,7 @@ from . import __version__, cli
 from .concept import Concept
 from .config import InputError
 from .files import write_atomically
-from .pipeline import DTYPES, StableDiffusion, image_grid, load
+from .pipeline import StableDiffusion, image_grid
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +58,7 @@ def options() -> cli.Options:
     )
     opts.add(group, "--eta", 0.0, type=cli.number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
     opts.add(group, "--batch-size", 4, type=at_least_1, help="pictures at a time")
-    opts.add(group, "--device", "auto", help="auto, cpu, cuda, cuda:N or mps")
-    opts.add(group, "--dtype", "auto", choices=["auto", *DTYPES], help="number format of the weights")
-    group = "the model"
-    opts.add(group, "--checkpoint", metavar="PATH", help="diffusers folder, or .safetensors or .ckpt file")
-    opts.add(group, "--tokenizer", metavar="PATH", help="tokenizer for a single file, folder or .txt.gz")
-    opts.add(group, "--variant", metavar="NAME", help="which weights of a folder, such as fp16")
-    opts.add(group, "--ema", False, help="the averaged weights of a file that has both")
-    kinds = ["epsilon", "v_prediction", "sample"]
-    opts.add(group, "--prediction-type", choices=kinds, help="overrides what the checkpoint says")
+    opts.add_model()
     return opts
 
 
@@ -94,7 +85,7 @@ def plan_jobs(prompts: Sequence[str], seed: int, num_images: int, out: Path) -> 
     return jobs
 
 
-def load_model(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]:
+def load_with_concepts(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]:
     """The checkpoint with its learned words, (word -> concept)."""
     concepts = {}
     for text in args.concept:
@@ -107,15 +98,7 @@ def load_model(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Con
                 f"{file}: {concept.placeholder!r} is learned twice; rename one: --concept '<new>={file}'"
             )
         concepts[concept.placeholder] = concept
-    sd = load(
-        args.checkpoint,
-        device=args.device,
-        dtype=args.dtype,
-        tokenizer=args.tokenizer,
-        prediction_type=args.prediction_type,
-        variant=args.variant,
-        ema=args.ema,
-    )
+    sd = cli.load_model(args)
     for concept in concepts.values():
         sd.add_concept(concept)
     return sd, concepts
@@ -139,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if taken and not args.overwrite:
         raise InputError(f"{taken[0]}: exists already; give another --out or --seed, or --overwrite")
 
-    sd, concepts = load_model(args)
+    sd, concepts = load_with_concepts(args)
     width, height = sd.check_size(args.size)
     if (width, height) != (sd.image_size, sd.image_size):
         log.info(
@@ -147,9 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     sd.schedule.timesteps(args.steps)
     sd.tokenizer([*args.prompt, args.negative_prompt])  # complains now rather than later
-    write_atomically(
-        out / "config.yaml", yaml.safe_dump(_plain(args), sort_keys=False, allow_unicode=True).encode()
-    )
+    write_atomically(out / "config.yaml", cli.to_yaml(args))
 
     settings = {key: getattr(args, key) for key in ("steps", "guidance_scale", "eta", "checkpoint", "dtype")}
     settings |= {"width": width, "height": height, "negative_prompt": args.negative_prompt}
@@ -179,14 +160,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if images:
             write_atomically(out / "grid.png", encode_png(image_grid(images, args.num_images), {}))
     log.info("%d pictures in %s (%.1f s), together in grid.png", len(images), out, time.monotonic() - start)
-
-
-def _plain(args: argparse.Namespace) -> dict[str, object]:
-    """Options as they would be written in a config file."""
-    values = {key: value for key, value in vars(args).items() if value is not None}
-    if isinstance(args.size, tuple):
-        values["size"] = "x".join(map(str, args.size))
-    return values
 
 
 if __name__ == "__main__":

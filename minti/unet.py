@@ -17,6 +17,7 @@ from itertools import zip_longest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention
 from .config import UNetConfig
@@ -202,8 +203,11 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """The UNet of Stable Diffusion 1.x, 2.x, their inpainting variants, and SDXL.
 
-    Module names are the key names of diffusers checkpoints.
+    Module names are the key names of diffusers checkpoints. With `gradient_checkpointing` set, the backward
+    pass computes every block once more instead of remembering its insides: less memory, a third more time.
     """
+
+    gradient_checkpointing = False
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -283,8 +287,14 @@ class UNet(nn.Module):
         time, words = iter(time), iter(words)
 
         def run(resnet: ResnetBlock, transformer: SpatialTransformer | None, x: Tensor) -> Tensor:
-            x = resnet(x, next(time))
-            return x if transformer is None else transformer(x, next(words))
+            t, kv = next(time), None if transformer is None else next(words)
+
+            def forward(x: Tensor) -> Tensor:
+                x = resnet(x, t)
+                return x if transformer is None else transformer(x, kv)
+
+            recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+            return checkpoint(forward, x, use_reentrant=False) if recompute else forward(x)
 
         x = self.conv_in(x)
         skips = [x]
