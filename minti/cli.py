@@ -41,8 +41,9 @@ class Options:
         self._defaults: dict[str, Any] = {}
         self._lists: set[str] = set()
         self._groups: dict[str, Any] = {}
+        self._file_only: set[str] = set()
         self._parser.add_argument(
-            "--config", metavar="FILE", help="YAML file with values for any of the options"
+            "--config", metavar="FILE", help="YAML file, or recipe, with any of the options"
         )
         self._parser.add_argument("--set", metavar="KEY=VALUE", action="append", help="set any option")
 
@@ -74,32 +75,64 @@ class Options:
         self.add(group, "--device", "auto", help="auto, cpu, cuda, cuda:N or mps")
         self.add(group, "--dtype", "auto", choices=["auto", *DTYPES], help="number format of the weights")
 
-    def parse(self, argv: Sequence[str] | None, required: Sequence[str]) -> argparse.Namespace:
-        """All options, resolved. Raises InputError for unknown ones, bad values, required ones left out."""
-        flags = vars(self._parser.parse_args(argv))
-        config = _read_yaml(flags.pop("config")) if "config" in flags else {}
+    def file_only(self, name: str) -> None:
+        """Declare a key that only a config file can give; it is passed on as it is."""
+        self._file_only.add(name)
+
+    def parse(
+        self, argv: Sequence[str] | None, required: Sequence[str], base: dict[str, Any] | None = None
+    ) -> argparse.Namespace:
+        """All options, resolved.
+
+        Args:
+            argv: the command line; None for that of the process.
+            required: names of options that must have a value.
+            base: what the config file adds to, instead of to nothing.
+
+        Raises:
+            InputError: unknown options, bad values, required ones left out.
+        """
+        flags = self._parse(argv)
+        config = dict(base or {}) | (_read_yaml(flags.pop("config")) if "config" in flags else {})
         for pair in flags.pop("set", []):
             key, equals, value = pair.partition("=")
             if not equals:
                 raise InputError(f"--set {pair}: write KEY=VALUE")
-            config[key.strip().replace("-", "_")] = yaml.safe_load(value)
-        values = self._defaults | vars(self._parser.parse_args(self._as_flags(config))) | flags
+            config[key.strip().replace("-", "_")] = value
+        passed_on = {key: config.pop(key, None) for key in self._file_only}
+        values = self._defaults | passed_on | self._parse(self._as_flags(config)) | flags
         if missing := [f"--{key.replace('_', '-')}" for key in required if values[key] in (None, [])]:
             raise InputError(f"{' and '.join(missing)} must be given; see --help")
         return argparse.Namespace(**values)
+
+    def _parse(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        values, unknown = self._parser.parse_known_args(argv)
+        if unknown:
+            raise InputError(f"unknown option {unknown[0]!r}{self._suggest(unknown[0])}; see --help")
+        return vars(values)
+
+    def _suggest(self, name: str) -> str:
+        key = name.partition("=")[0].removeprefix("--").replace("-", "_")
+        near = difflib.get_close_matches(key, [*self._defaults, *self._file_only], n=1)
+        return f"; did you mean {near[0]!r}?" if near else ""
 
     def _as_flags(self, config: dict[str, Any]) -> list[str]:
         """Config values go through the same checks as flags by becoming flags."""
         flags = []
         for key, value in config.items():
             if key not in self._defaults:
-                near = difflib.get_close_matches(str(key), self._defaults, n=1)
-                raise InputError(f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                raise InputError(f"unknown option {key!r}{self._suggest(str(key))}")
             flag = "--" + key.replace("_", "-")
-            if isinstance(value, bool):
-                flags.append(flag if value else flag.replace("--", "--no-", 1))
+            if isinstance(self._defaults[key], bool):
+                yes = {"true": True, "false": False}.get(str(value).lower())
+                if yes is None:
+                    raise InputError(f"{key}: {value!r} should be true or false")
+                flags.append(flag if yes else flag.replace("--", "--no-", 1))
             elif value is not None:
-                flags += [f"{flag}={v}" for v in (value if isinstance(value, list) else [value])]
+                values = value if key in self._lists and isinstance(value, list) else [value]
+                if any(isinstance(v, bool | list | dict) for v in values):
+                    raise InputError(f"{key}: {value!r} is not a single value; put text between quotes")
+                flags += [f"{flag}={v}" for v in values]
         return flags
 
 
@@ -116,11 +149,18 @@ def to_yaml(args: argparse.Namespace) -> bytes:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
 
 
+RECIPES = Path(__file__).parent / "recipes"
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
+    """A config file, or the recipe of that name."""
+    if not Path(path).exists() and (RECIPES / f"{path}.yaml").exists():
+        path = RECIPES / f"{path}.yaml"
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise InputError(f"{path}: cannot be read ({error.strerror}); recipes are {recipes}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict):

@@ -196,9 +196,22 @@ class _RestrictedUnpickler(pickle.Unpickler):
         }
     )
     SUSPECT = frozenset(
-        {"os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "pty", "runpy", "importlib"}
+        {
+            "os",
+            "posix",
+            "nt",
+            "subprocess",
+            "sys",
+            "shutil",
+            "io",
+            "_io",
+            "socket",
+            "pty",
+            "runpy",
+            "importlib",
+        }
     )
-    SUSPECT_BUILTINS = frozenset({"eval", "exec", "compile", "open", "__import__", "breakpoint", "input"})
+    SUSPECT_BUILTINS = frozenset({"eval", "exec", "compile", "__import__", "breakpoint", "input"})
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED:
