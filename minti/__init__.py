@@ -2,7 +2,8 @@
 
 from .concept import Concept
 from .config import InputError
+from .inversion import learn
 from .pipeline import StableDiffusion, load
 
 __version__ = "0.1.0"
-__all__ = ["Concept", "InputError", "StableDiffusion", "__version__", "load"]
+__all__ = ["Concept", "InputError", "StableDiffusion", "__version__", "learn", "load"]

@@ -98,7 +98,7 @@ class Options:
             key, equals, value = pair.partition("=")
             if not equals:
                 raise InputError(f"--set {pair}: write KEY=VALUE")
-            config[key.strip().replace("-", "_")] = value
+            config[key.strip().replace("-", "_")] = _list_or_text(value)
         passed_on = {key: config.pop(key, None) for key in self._file_only}
         values = self._defaults | passed_on | self._parse(self._as_flags(config)) | flags
         if missing := [f"--{key.replace('_', '-')}" for key in required if values[key] in (None, [])]:
@@ -126,12 +126,12 @@ class Options:
             if isinstance(self._defaults[key], bool):
                 yes = {"true": True, "false": False}.get(str(value).lower())
                 if yes is None:
-                    raise InputError(f"{key}: {value!r} should be true or false")
+                    raise InputError(f"{flag}: {value!r} should be true or false")
                 flags.append(flag if yes else flag.replace("--", "--no-", 1))
             elif value is not None:
                 values = value if key in self._lists and isinstance(value, list) else [value]
                 if any(isinstance(v, bool | list | dict) for v in values):
-                    raise InputError(f"{key}: {value!r} is not a single value; put text between quotes")
+                    raise InputError(f"{flag}: {value!r} is not a single value; put text between quotes")
                 flags += [f"{flag}={v}" for v in values]
         return flags
 
@@ -147,6 +147,15 @@ def to_yaml(args: argparse.Namespace) -> bytes:
     values = {key: value for key, value in vars(args).items() if value is not None}
     values |= {key: "x".join(map(str, value)) for key, value in values.items() if isinstance(value, tuple)}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
+
+
+def _list_or_text(text: str) -> Any:
+    """`[a, b]` and `null` as YAML has them; anything else is what it looks like, also `no` and `cat: red`."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if value is None or isinstance(value, list) else text
 
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -1,20 +1,30 @@
-"""A learned word: the rows that Textual Inversion adds to the embedding table, and the file they come in."""
+"""A learned word: the rows that Textual Inversion adds to the embedding table, and the file they come in.
+
+`python -m minti.concept` looks into such files, converts and merges them; see `concept_cli.py`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from . import embedding_files
 from .config import InputError
 from .files import write_atomically
-from .weightfile import WeightFile, read_metadata
+
+FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "LDM, or SDXL's second encoder"}
+
+
+def encoder_of(width: int) -> str:
+    """What kind of text encoder has word vectors of this width."""
+    return f"{width}-wide encoder" + (f" ({FAMILIES[width]})" if width in FAMILIES else "")
 
 
 class PlaceholderEmbedding(nn.Module):
@@ -79,36 +89,76 @@ class Concept:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: str | Path, placeholder: str | None = None) -> Concept:
-        """Read `{word: (num_vectors, D)}`, or (D,) as older files have it: `.safetensors`, or `.bin` of
-        torch.
+    def load(cls, path: str | Path, placeholder: str | None = None, *, width: int | None = None) -> Concept:
+        """Read the one word of a file in any of the formats of `embedding_files`.
 
         Args:
             placeholder: use this word instead of the one in the file.
+            width: take the vectors of this width, from a file for SDXL, which has two text encoders.
 
         Raises:
             InputError: naming the file and what is wrong with it.
         """
-        path = Path(path)
-        file = WeightFile(path)
-        if len(file.shapes) != 1:
-            keys = ", ".join(list(file.shapes)[:3])
+        concepts = cls.load_all(path, width=width)
+        if len(concepts) > 1:
+            words = ", ".join(repr(concept.placeholder) for concept in concepts)
             raise InputError(
-                f"{path}: holds {len(file.shapes)} tensors ({keys}), where one word was expected"
+                f"{path}: holds {len(concepts)} words ({words}), where one was expected; "
+                "Concept.load_all reads them all"
             )
-        ((word, vectors),) = file.read(list(file.shapes), copied=True)
-        if vectors.ndim not in (1, 2) or not vectors.is_floating_point() or not vectors.isfinite().all():
-            raise InputError(
-                f"{path}: {word!r} is not a learned word; expected finite vectors, (n, D) or (D,)"
-            )
-        vectors = vectors.reshape(-1, vectors.shape[-1]).to(torch.float32, copy=True)  # (D,) -> (1, D)
-        return cls(placeholder or word, vectors, read_metadata(path))
+        (concept,) = concepts
+        return cls(placeholder or concept.placeholder, concept.vectors, concept.metadata)
 
-    def save(self, path: str | Path) -> None:
-        """Write the file that diffusers and the common user interfaces read, in one piece or not at all."""
-        write_atomically(Path(path), save({self.placeholder: self.vectors.contiguous()}, dict(self.metadata)))
+    @classmethod
+    def load_all(cls, path: str | Path, *, width: int | None = None) -> list[Concept]:
+        """Read all words of a file; otherwise like `load`."""
+        path = Path(path)
+        _, entries = embedding_files.read(path)
+        widths = sorted({entry.vectors.shape[1] for entry in entries})
+        if width is None and len(widths) > 1:
+            raise InputError(
+                f"{path}: is a word for SDXL, which needs two sets of vectors, {widths[0]} and {widths[1]} "
+                "wide; here a word has one, choose it with --width (in Python width=...)"
+            )
+        if width is not None and width not in widths:
+            raise InputError(
+                f"{path}: {entries[0].word!r} was learned on a {encoder_of(widths[0])}, "
+                f"not on a {encoder_of(width)}; use the model it was learned on"
+            )
+        chosen = [entry for entry in entries if width in (None, entry.vectors.shape[1])]
+        return [cls(entry.word, entry.vectors, entry.metadata) for entry in chosen]
+
+    def save(self, path: str | Path, *, format: str | None = None) -> None:
+        """Write a file that others read too, in one piece or not at all; see `save_concepts`."""
+        save_concepts(path, [self], format=format)
 
     @property
     def digest(self) -> str:
         """A short hash of the vectors, to tell versions of a word apart."""
         return hashlib.sha256(self.vectors.contiguous().numpy().tobytes()).hexdigest()[:12]
+
+
+def save_concepts(path: str | Path, concepts: Sequence[Concept], *, format: str | None = None) -> None:
+    """Write words into one file. The same words give the same bytes.
+
+    Args:
+        path: `.safetensors`, `.bin` or `.pt`. Only safetensors keep the metadata of a diffusers file.
+        format: "diffusers", or "a1111" for AUTOMATIC1111's interface, where the word is the name of the file;
+            by default a1111 for `.pt`, diffusers for the others.
+
+    Raises:
+        InputError: the suffix does not belong to the format, or the words clash.
+        OSError: the file cannot be written; what was there is still there.
+    """
+    path = Path(path)
+    entries = [embedding_files.Entry(c.placeholder, c.vectors, c.metadata) for c in concepts]
+    write_atomically(path, embedding_files.encode(path, entries, format))
+
+
+# `python -m minti.concept` imports the package, and with it this module, before it runs it: no harm in that.
+warnings.filterwarnings("ignore", message="'minti.concept' found in sys.modules", category=RuntimeWarning)
+
+if __name__ == "__main__":
+    from . import cli, concept_cli
+
+    cli.run("minti.concept", concept_cli.main)

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from .chart import chart, short
 from .concept import Concept
 from .config import InputError
 from .files import write_atomically
@@ -25,7 +26,6 @@ from .files import write_atomically
 MAX_PREVIEWS = 10
 MAX_PIXELS = 500_000  # of a picture in the report
 LONG = 5.0  # vectors this many times as long as the vocabulary's drown the rest of the prompt
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 220, 52, 12, 12, 34  # of a chart and its margins
 
 STYLE = """
 :root { color-scheme: light; --paper: #fff; --ink: #1d2327; --soft: #5d676e; --rule: #dde1e4; --tint: #f4f6f7;
@@ -180,11 +180,6 @@ def _read_log(path: Path) -> dict[str, np.ndarray]:
     return {column: np.array([value(row.get(column)) for row in rows]) for column in columns}
 
 
-def _short(value: float, digits: int = 3) -> str:
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
-    return re.sub(r"e([+-])0*", r"e\1", text).replace("e+", "e")
-
-
 def _duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -198,7 +193,7 @@ def _verdict(run: Run) -> str:
     t = run.trend
     if t is None:
         return f"Trained for {run.last_step:,} steps without evaluation: the previews have to tell."
-    a, b, c = (_short(loss, 4) for loss in (t.first, t.best, t.last))
+    a, b, c = (short(loss, 4) for loss in (t.first, t.best, t.last))
     fell = f"evaluation loss fell from {a} to {b}"
     return {
         "short": f"Too short a run to judge: evaluation loss went from {a} to {c}.",
@@ -215,11 +210,13 @@ def _warnings(run: Run) -> list[str]:
     warnings = []
     if norm is not None and norm > LONG:
         warnings.append(
-            f"The vectors have grown to {_short(norm, 2)} times the length of an ordinary word's. Such words "
+            f"The vectors have grown to {short(norm, 2)} times the length of an ordinary word's. Such words "
             "shout: the rest of the prompt tends to be ignored."
         )
     if cosine is not None and cosine > 0.99:
-        warnings.append("The vectors have hardly moved from where they started, so little can be new in them.")
+        warnings.append(
+            "The vectors have hardly moved from where they started, so little can be new in them."
+        )
     return warnings
 
 
@@ -229,17 +226,20 @@ def _tiles(run: Run) -> str:
     if t is not None:
         change = 100 * (t.last / t.first - 1) if t.first else 0.0
         note = f"{change:+.1f} % since step {t.first_step:,}".replace("-", "\N{MINUS SIGN}")
-        tiles.append(("Evaluation loss", _short(t.last, 4), f"{note}; best {_short(t.best, 4)}"))
+        tiles.append(("Evaluation loss", short(t.last, 4), f"{note}; best {short(t.best, 4)}"))
     if norm is not None:
-        tiles.append(("Length of the vectors", f"{_short(norm, 2)} ×", f"an ordinary word's; {LONG:g} × is long"))
+        tiles.append(
+            ("Length of the vectors", f"{short(norm, 2)} ×", f"an ordinary word's; {LONG:g} × is long")
+        )
     if cosine is not None:
         angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
         tiles.append(("Cosine to the start", f"{cosine:.2f}", f"turned by {angle:.0f}°"))
     if len(seconds):
-        note = f"{run.last_step:,} steps, {_short(float(np.median(seconds)))} s each"
+        note = f"{run.last_step:,} steps, {short(float(np.median(seconds)))} s each"
         tiles.append(("Time in steps", _duration(float(seconds.sum())), note))
     return "".join(
-        f"<div><dt>{name}</dt><dd class=value>{value}</dd><dd>{note}</dd></div>" for name, value, note in tiles
+        f"<div><dt>{name}</dt><dd class=value>{value}</dd><dd>{note}</dd></div>"
+        for name, value, note in tiles
     )
 
 
@@ -251,11 +251,26 @@ def _advice(run: Run) -> list[tuple[str, str]]:
 
     def sample(path: Path) -> str:
         style = config.get("templates") == "style"
-        prompt = f"a house by the sea in the style of {run.word}" if style else f"a photo of {run.word} on the beach"
+        prompt = (
+            f"a house by the sea in the style of {run.word}"
+            if style
+            else f"a photo of {run.word} on the beach"
+        )
         flags = [f for k in ("tokenizer", "variant", "prediction_type", "size") if config.get(k) for f in
                  (f"--{k.replace('_', '-')}", str(config[k]))] + ["--ema"] * bool(config.get("ema"))  # fmt: skip
         words = ["--checkpoint", str(config.get("checkpoint", "CHECKPOINT")), *flags, "--concept", str(path)]
-        return shlex.join(["python", "-m", "minti.sample", *words, "--prompt", prompt, "--out", f"{path.with_suffix('')}-pictures"])
+        return shlex.join(
+            [
+                "python",
+                "-m",
+                "minti.sample",
+                *words,
+                "--prompt",
+                prompt,
+                "--out",
+                f"{path.with_suffix('')}-pictures",
+            ]
+        )
 
     def again(*flags: str) -> str:
         if run.many:  # flags would change the other words, too
@@ -278,7 +293,7 @@ def _advice(run: Run) -> list[tuple[str, str]]:
             advice.append((text, sample(saved[near])))
     if kind == "rising" and lr:
         text = "Or learn more slowly, and keep the best vectors rather than the last:"
-        advice.append((text, again("--lr", _short(lr / 2), "--keep", "best")))
+        advice.append((text, again("--lr", short(lr / 2), "--keep", "best")))
     if kind == "falling" and steps and run.last_step >= steps:
         advice.append(("More steps should make it better still:", again("--steps", f"{2 * steps:.0f}")))
     if kind == "flat" and steps and t.flat_since < 0.5 * steps:
@@ -287,101 +302,14 @@ def _advice(run: Run) -> list[tuple[str, str]]:
         faster = (run.final("cosine") or 0) > 0.99
         text = "hardly moved: try a higher" if faster else "moved, but not to where it helps: try a lower"
         advice.append((f"The vectors {text} learning rate. Are the photos above what you meant to show?",
-                       again("--lr", _short(lr * 5 if faster else lr / 5))))  # fmt: skip
+                       again("--lr", short(lr * 5 if faster else lr / 5))))  # fmt: skip
     if norm is not None and norm > LONG and kind != "failed" and lr:
         text = "If prompts are ignored, bound the length of the vectors, or learn more slowly:"
-        advice.append((text, again("--lr", _short(lr / 2), "--max-norm", "3")))
+        advice.append((text, again("--lr", short(lr / 2), "--max-norm", "3")))
     if (run.num_vectors or 1) > 2:
         text = f"With {run.num_vectors} vectors a word looks more like the photos but bends less to prompts."
         advice.append((f"{text} If it is too stiff, learn fewer:", again("--num-vectors", "1")))
     return advice
-
-
-def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
-    """About five round numbers between low and high, with labels; `log`: of 10 ** low to 10 ** high."""
-    if log:
-        numbers = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
-        numbers = [v for v in numbers if low <= math.log10(v) <= high]
-        keep = numbers if len(numbers) < 7 else [v for v in numbers if f"{v:e}".startswith("1.")]
-        return [(math.log10(v), _short(v)) for v in keep]
-    power = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 5)
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    numbers = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    return [(v, f"{v:,.{decimals}f}" if decimals < 4 else _short(v)) for v in numbers]
-
-
-def _chart(
-    title: str,
-    series: tuple[np.ndarray, np.ndarray],
-    note: str = "",
-    *,
-    dots: bool = False,
-    log: bool = False,
-    include: Sequence[float] = (),
-    best: int | None = None,
-) -> str:
-    """A curve over steps as SVG.
-
-    Args:
-        dots: values scatter: show each as a dot, and their running median as the curve.
-        log: use a logarithmic scale where values span more than a factor of 30.
-        include: values that the axis must reach; the first is drawn as a dashed line unless it is 0.
-        best: step to mark as the best.
-    """
-    steps, values = series
-    n = len(steps)
-    if not n:
-        return ""
-    log = log and values.min() > 0 and values.max() > 30 * values.min()
-    scale = np.log10 if log else np.asarray
-    inside = scale([v for v in (*values, *include) if v > 0 or not log])
-    low, high = float(inside.min()), float(inside.max())
-    margin = max(0.06 * (high - low), 0.01 * abs(high), 1e-9)
-    low, high = low - margin * (0 if low == 0 else 4 if best is not None else 1), high + margin
-    end = max(float(steps[-1]), 1.0)
-
-    def points(x: np.ndarray, y: np.ndarray, count: int) -> list[str]:
-        keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), count)).round().astype(int))
-        px = LEFT + x[keep] / end * (WIDTH - LEFT - RIGHT)
-        py = HEIGHT - BOTTOM - (scale(y[keep]) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        return [f"{a:.1f} {b:.1f}" for a, b in zip(px, py, strict=True)]
-
-    svg = []
-    for v, label in _ticks(low, high, log):
-        y = HEIGHT - BOTTOM - (v - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        svg.append(f'<path class=rule d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        svg.append(f'<text x={LEFT - 7} y={y + 4:.1f} text-anchor=end>{label}</text>')
-    for v, label in _ticks(0, end, False):
-        if v == int(v):
-            x = LEFT + v / end * (WIDTH - LEFT - RIGHT)
-            anchor = "end" if v > 0.95 * end else "middle"
-            svg.append(f'<text x={x:.1f} y={HEIGHT - BOTTOM + 17} text-anchor={anchor}>{label}</text>')
-    svg.append(f'<text x={(LEFT + WIDTH - RIGHT) / 2} y={HEIGHT - 2} text-anchor=middle>step</text>')
-    if include and include[0]:
-        y = points(np.zeros(1), np.array(include[:1]), 1)[0].split()[1]
-        svg.append(f'<path class=level d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
-    if dots and n > 40:
-        half = max(3, n // 60)
-        centres = np.unique(np.linspace(0, n - 1, min(n, 300)).round().astype(int))
-        medians = np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in centres])
-        svg.append(f'<path class=dots d="M{"h0M".join(points(steps, values, 1500))}h0"/>')
-        svg.append(f'<path class=line d="M{"L".join(points(steps[centres], medians, 300))}"/>')
-        note = f"dots: single steps; line: median of {2 * half + 1} steps. {note}"
-    else:
-        svg.append(f'<path class=line d="M{"L".join(points(steps, values, 400))}"/>')
-        if n <= 40:
-            svg.append(f'<path class=points d="M{"h0M".join(points(steps, values, 40))}h0"/>')
-    if best is not None:
-        x, y = points(steps[steps == best][:1], values[steps == best][:1], 1)[0].split()
-        anchor = "start" if float(x) < 140 else "end" if float(x) > WIDTH - 100 else "middle"
-        svg.append(f'<circle class=best cx={x} cy={y} r=6 />')
-        svg.append(f'<text class=bestword x={x} y={float(y) + 21:.1f} text-anchor={anchor}>best: step {best:,}</text>')
-    label = f"{title}: {_short(float(values[0]), 4)} at step {steps[0]:.0f}, {_short(float(values[-1]), 4)} at step {steps[-1]:.0f}"
-    return (
-        f"<figure><figcaption><b>{title}</b> {note}{' Logarithmic scale.' * log}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{label}">{"".join(svg)}</svg></figure>'
-    )
 
 
 def _picture(path: Path, alt: str, caption: str = "") -> str:
@@ -416,3 +344,75 @@ def _value(value: object) -> str:
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     return "<table>" + "".join(f"<tr><th scope=row>{a}</th><td>{b}</td></tr>" for a, b in rows) + "</table>"
+
+
+def write_report(folder: Path, nearest: Sequence[Sequence[tuple[str, float]]]) -> None:
+    """Write `report.html` into the folder of a run, from the files the run left there.
+
+    Args:
+        folder: with config.yaml, log.csv, inputs.png, samples/ and learned_embeds.safetensors; what is missing
+            or unreadable is left out.
+        nearest: for each vector the words of the vocabulary nearest to it, with their cosines.
+
+    Raises:
+        OSError: the report cannot be written.
+    """
+    run = Run(Path(folder))
+    word, t = escape(run.word), run.trend
+    vectors = f"{run.num_vectors} vector{'s' * (run.num_vectors != 1)}" if run.num_vectors else "A word"
+    start = f", started from “{escape(str(run.config['init_word']))}”" if run.config.get("init_word") else ""
+    page = [
+        f"<header><h1>{word}</h1><p class=soft>{vectors}{start}. Textual Inversion with minti.</p></header>",
+        f"<p class=verdict>{_verdict(run)}</p>" if run.last_step else "",
+        *(f"<p class=warn>{text}</p>" for text in _warnings(run)),
+        f"<dl class=tiles>{tiles}</dl>" if (tiles := _tiles(run)) else "",
+    ]
+
+    def section(title: str, content: str, intro: str = "") -> None:
+        if content:
+            intro = f"<p class=soft>{intro}</p>" if intro else ""
+            page.append(f"<section><h2>{title}</h2>{intro}{content}</section>")
+
+    samples = {int(m[1]): p for p in sorted((run.folder / "samples").glob("*"))
+               if (m := re.fullmatch(r"step-(\d+)\.png", p.name))}  # fmt: skip
+    steps = sorted(samples, reverse=True)
+    shown = [
+        steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_PREVIEWS)).astype(int))
+    ]
+    previews = [_picture(samples[s], f"Preview pictures after step {s}", f"step {s:,}") for s in shown]
+    prompts = [str(p).replace("{}", run.word) for p in run.config.get("sample_prompt") or ["a photo of {}"]]
+    intro = "Always the same seeds, newest first. " + " / ".join(f"“{escape(p)}”" for p in prompts)
+    intro += f". {len(shown)} of {len(steps)} are shown; all are in samples/." * (len(shown) < len(steps))
+    section("Previews", f'<div class="grid pictures">{"".join(previews)}</div>' * any(previews), intro)
+    section(
+        "Photos as trained", _picture(run.folder / "inputs.png", "The training photos as the model saw them")
+    )
+    advice = [f"<p>{escape(text)}</p>" + f"<pre>{escape(c)}</pre>" * bool(c) for text, c in _advice(run)]
+    section("What to do next", "".join(advice))
+    charts = [
+        chart("Evaluation loss", run.series("eval_loss"), "always on the same photos, noise and times.",
+               log=True, best=t and t.best_step),
+        chart("Training loss", run.series("loss"), dots=True, log=True),
+        chart("Length of the vectors", run.series("norm"), "in lengths of an ordinary word's.", log=True, include=[1]),
+        chart("Cosine to the start", run.series("cosine"), "1: not moved.", include=[1]),
+        chart("Learning rate", run.series("lr"), include=[0]),
+        chart("Seconds per step", run.series("seconds"), dots=True, log=True, include=[0]),
+    ]  # fmt: skip
+    section("Curves", f"<div class=grid>{''.join(charts)}</div>" * any(charts))
+    rows = [(f"vector {i}", "".join(f"<span>{escape(w.removesuffix('</w>'))} <i>{c:.2f}</i></span>" for w, c in words))
+            for i, words in enumerate(nearest, 1)]  # fmt: skip
+    intro = "Words of the vocabulary that point the same way, with the cosine; 1 is the same direction."
+    section("Nearest words", _table(rows) if rows else "", intro)
+    settings = [
+        (escape(str(key).replace("_", " ")), escape(_value(value))) for key, value in run.config.items()
+    ]
+    section("Settings", f"<div class=columns>{_table(settings)}</div>" if settings else "")
+    head = (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; img-src data:; style-src "
+        "'unsafe-inline'\">"
+        f"<title>{word} · minti</title><style>{STYLE}</style></head><body>"
+    )
+    html = head + "\n".join(part for part in page if part) + "</body></html>\n"
+    write_atomically(run.folder / "report.html", html.encode(errors="replace"))

@@ -142,7 +142,20 @@ def _map_safetensors(path: Path, keys: Sequence[str]) -> dict[str, Tensor]:
     return {key: t.clone() if t.data_ptr() % t.element_size() else t for key, t in tensors.items()}
 
 
-def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
+def read_nested(path: Path) -> Any:
+    """All that a file holds, for files that are more than a list of tensors: dictionaries in dictionaries,
+    with numbers and text beside the tensors; or a tensor by itself.
+
+    Raises:
+        InputError: as for `WeightFile`.
+    """
+    if not _is_safetensors(path):
+        return _unpickle(path, "cpu")
+    file = WeightFile(path)
+    return dict(file.read(list(file.shapes), copied=False))
+
+
+def _unpickle(path: Path, device: str) -> Any:
     options = {"map_location": device, "mmap": device == "cpu" and zipfile.is_zipfile(path)}
     try:
         try:
@@ -156,6 +169,11 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle can fail in any way whatever
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(f"{path}: truncated or damaged PyTorch file ({reason}); download it again") from None
+    return content
+
+
+def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
+    content = _unpickle(path, device)
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
@@ -180,6 +198,15 @@ class _Inert:
     def append(self, item: Any) -> None: ...
 
     def extend(self, items: Any) -> None: ...
+
+
+class _Parameters(dict):
+    """Stands for a ParameterDict or ParameterList of torch: nothing but a dictionary of the tensors in it."""
+
+    def __setstate__(self, state: Any) -> None:
+        parameters = state.get("_parameters") if isinstance(state, dict) else None
+        if isinstance(parameters, dict):
+            self.update(parameters)
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -216,6 +243,8 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED:
             return super().find_class(module, name)
+        if module == "torch.nn.modules.container" and name in ("ParameterDict", "ParameterList"):
+            return _Parameters
         builtin = module in ("builtins", "__builtin__")
         if module.partition(".")[0] in self.SUSPECT or (builtin and name in self.SUSPECT_BUILTINS):
             raise InputError(
