@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 220, 52, 12, 12, 34  # of a chart and its margins
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 220, 52, 18, 12, 34  # of a chart and its margins
 
 
 def short(value: float, digits: int = 3) -> str:
@@ -17,15 +17,15 @@ def short(value: float, digits: int = 3) -> str:
     return re.sub(r"e([+-])0*", r"e\1", text).replace("e+", "e")
 
 
-def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
-    """About five round numbers between low and high, with labels; `log`: of 10 ** low to 10 ** high."""
+def _ticks(low: float, high: float, log: bool = False, most: int = 7) -> list[tuple[float, str]]:
+    """Some `most` round numbers between low and high, with labels; `log`: between their powers of ten."""
     if log:
         numbers = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
         numbers = [v for v in numbers if low <= math.log10(v) <= high]
-        keep = numbers if len(numbers) < 7 else [v for v in numbers if f"{v:e}".startswith("1.")]
+        keep = numbers if len(numbers) <= most else [v for v in numbers if f"{v:e}".startswith("1.")]
         return [(math.log10(v), short(v)) for v in keep]
-    power = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 5)
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / most)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     numbers = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     return [(v, f"{v:,.{decimals}f}" if decimals < 4 else short(v)) for v in numbers]
@@ -57,8 +57,8 @@ def chart(
     scale = np.log10 if log else np.asarray
     inside = scale([v for v in (*values, *include) if v > 0 or not log])
     low, high = float(inside.min()), float(inside.max())
-    margin = max(0.06 * (high - low), 0.01 * abs(high), 1e-9)
-    low, high = low - margin * (0 if low == 0 else 4 if best is not None else 1), high + margin
+    margin = max(0.06 * (high - low), 0.002 * abs(high), 1e-9)
+    low, high = low - margin * (0 if low == 0 else 3 if best is not None else 1), high + margin
     end = max(float(steps[-1]), 1.0)
 
     def points(x: np.ndarray, y: np.ndarray, count: int) -> list[str]:
@@ -72,22 +72,21 @@ def chart(
         y = HEIGHT - BOTTOM - (v - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
         svg.append(f'<path class=rule d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         svg.append(f"<text x={LEFT - 7} y={y + 4:.1f} text-anchor=end>{label}</text>")
-    for v, label in _ticks(0, end, False):
+    for v, label in _ticks(0, end, most=5):
         if v == int(v):
             x = LEFT + v / end * (WIDTH - LEFT - RIGHT)
-            anchor = "end" if v > 0.95 * end else "middle"
-            svg.append(f"<text x={x:.1f} y={HEIGHT - BOTTOM + 17} text-anchor={anchor}>{label}</text>")
+            svg.append(f"<text x={x:.1f} y={HEIGHT - BOTTOM + 17} text-anchor=middle>{label}</text>")
     svg.append(f"<text x={(LEFT + WIDTH - RIGHT) / 2} y={HEIGHT - 2} text-anchor=middle>step</text>")
     if include and include[0]:
         y = points(np.zeros(1), np.array(include[:1]), 1)[0].split()[1]
         svg.append(f'<path class=level d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
     if dots and n > 40:
-        half = max(3, n // 60)
+        half = max(3, n // 30)
         centres = np.unique(np.linspace(0, n - 1, min(n, 300)).round().astype(int))
         medians = np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in centres])
         svg.append(f'<path class=dots d="M{"h0M".join(points(steps, values, 1500))}h0"/>')
         svg.append(f'<path class=line d="M{"L".join(points(steps[centres], medians, 300))}"/>')
-        note = f"dots: single steps; line: median of {2 * half + 1} steps. {note}"
+        note = f"Dots: single steps; line: median of {2 * half + 1} steps. {note}"
     else:
         svg.append(f'<path class=line d="M{"L".join(points(steps, values, 400))}"/>')
         if n <= 40:
@@ -96,10 +95,10 @@ def chart(
         x, y = points(steps[steps == best][:1], values[steps == best][:1], 1)[0].split()
         anchor = "start" if float(x) < 140 else "end" if float(x) > WIDTH - 100 else "middle"
         svg.append(f"<circle class=best cx={x} cy={y} r=6 />")
-        svg.append(
-            f"<text class=bestword x={x} y={float(y) + 21:.1f} text-anchor={anchor}>best: step {best:,}</text>"
-        )
-    label = f"{title}: {short(float(values[0]), 4)} at step {steps[0]:.0f}, {short(float(values[-1]), 4)} at step {steps[-1]:.0f}"
+        place = f"x={x} y={float(y) + 21:.1f} text-anchor={anchor}"
+        svg.append(f"<text class=bestword {place}>best: step {best:,}</text>")
+    first, last = (f"{short(float(values[i]), 4)} at step {steps[i]:.0f}" for i in (0, -1))
+    label = f"{title}: {first}, {last}"
     return (
         f"<figure><figcaption><b>{title}</b> {note}{' Logarithmic scale.' * log}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{label}">{"".join(svg)}</svg></figure>'

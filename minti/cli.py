@@ -93,17 +93,21 @@ class Options:
             InputError: unknown options, bad values, required ones left out.
         """
         flags = self._parse(argv)
-        config = dict(base or {}) | (_read_yaml(flags.pop("config")) if "config" in flags else {})
+        config = dict(base or {}) | (read_yaml(flags.pop("config")) if "config" in flags else {})
         for pair in flags.pop("set", []):
             key, equals, value = pair.partition("=")
             if not equals:
                 raise InputError(f"--set {pair}: write KEY=VALUE")
             config[key.strip().replace("-", "_")] = _list_or_text(value)
         passed_on = {key: config.pop(key, None) for key in self._file_only}
-        values = self._defaults | passed_on | self._parse(self._as_flags(config)) | flags
+        values = self._defaults | passed_on | self.check(config) | flags
         if missing := [f"--{key.replace('_', '-')}" for key in required if values[key] in (None, [])]:
             raise InputError(f"{' and '.join(missing)} must be given; see --help")
         return argparse.Namespace(**values)
+
+    def check(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values from a config file, converted and checked as those of flags are."""
+        return self._parse(self._as_flags(values))
 
     def _parse(self, argv: Sequence[str] | None) -> dict[str, Any]:
         values, unknown = self._parser.parse_known_args(argv)
@@ -161,7 +165,7 @@ def _list_or_text(text: str) -> Any:
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """A config file, or the recipe of that name."""
     if not Path(path).exists() and (RECIPES / f"{path}.yaml").exists():
         path = RECIPES / f"{path}.yaml"

@@ -86,9 +86,11 @@ def load_photos(folder: str | Path) -> list[Photo]:
         mask = open_image(mask_path).convert("L") if mask_path.exists() else None
         if mask and mask.size != image.size:
             raise InputError(f"{mask_path}: has size {mask.size}, the photo {image.size}; make them equal")
-        caption = caption_path.read_text(encoding="utf-8").strip() if caption_path.exists() else None
-        if caption is not None and caption.count("{}") != 1:
-            raise InputError(f"{caption_path}: needs exactly one {{}} where the word goes")
+        caption = None
+        if caption_path.exists():
+            caption = caption_path.read_text(encoding="utf-8", errors="replace").strip()
+            if caption.count("{}") != 1 or "\N{REPLACEMENT CHARACTER}" in caption:
+                raise InputError(f"{caption_path}: should be text with exactly one {{}} where the word goes")
         photos.append(Photo(path, image, mask, caption))
     if not photos:
         raise InputError(f"{folder}: no pictures in it; three to five photos of one concept are best")
@@ -116,9 +118,8 @@ def make_views(
     """Every photo as a square of `size` pixels, and its mirror image.
 
     Args:
-        crop: "center"; "random": eight different squares; "none": the whole photo, with empty margins that do
-            not
-            count; "squash": the whole photo, distorted.
+        crop: "center"; "random": eight squares, each 0.7 to 1 of the shorter side wide; "none": the whole
+            photo, with empty margins that do not count; "squash": the whole photo, distorted.
         flip: add the mirror images; not for text or faces.
         seed: where the random squares lie.
     """
@@ -129,9 +130,9 @@ def make_views(
     for index, photo in enumerate(photos):
         mask = photo.mask or Image.new("L", photo.image.size, 255)
         for _ in range(RANDOM_CROPS if crop == "random" else 1):
-            place = (rng.random(), rng.random()) if crop == "random" else (0.5, 0.5)
-            pixels = torch.from_numpy(_square(photo.image, size, crop, place)) / 127.5 - 1
-            weight = torch.from_numpy(_square(mask, size, crop, place)) / 255
+            draws = tuple(rng.random(3)) if crop == "random" else (0.5, 0.5, 1.0)
+            pixels = torch.from_numpy(_square(photo.image, size, crop, draws)) / 127.5 - 1
+            weight = torch.from_numpy(_square(mask, size, crop, draws)) / 255
             pixels, weight = pixels.permute(2, 0, 1), weight.permute(2, 0, 1)  # (S, S, C) -> (C, S, S)
             views.append(View(pixels, weight, index))
             if flip:
@@ -139,14 +140,17 @@ def make_views(
     return views
 
 
-def _square(image: Image.Image, size: int, crop: str, place: tuple[float, float]) -> np.ndarray:
-    """(size, size, channels) float32, 0 to 255."""
+def _square(image: Image.Image, size: int, crop: str, draws: tuple[float, float, float]) -> np.ndarray:
+    """(size, size, channels) float32, 0 to 255; `draws` in [0, 1] place and scale a square cut out."""
     if crop == "squash":
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     elif crop == "none":
         image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=0)
     else:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC, centering=place)
+        side = (0.7 + 0.3 * draws[2]) * min(image.size)
+        left, top = (draws[i] * (image.size[i] - side) for i in (0, 1))
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return np.atleast_3d(np.asarray(image)).astype(np.float32)
 
 

@@ -75,7 +75,8 @@ class Schedule:
         elif self.config.timestep_spacing == "linspace":
             ascending = np.linspace(0, T - 1, steps).round()
         else:
-            ascending = (T - np.arange(steps) * (T / steps)).round()[::-1] - 1
+            # Rounding may give one more than was asked for, behind the last.
+            ascending = np.arange(T, 0, -T / steps)[:steps].round()[::-1] - 1
         return [int(t) for t in ascending[::-1]]
 
     def ddim_step(

@@ -42,6 +42,9 @@ class Settings:
         if self.lr_schedule not in ("constant", "cosine"):
             raise InputError(f"lr_schedule {self.lr_schedule!r}: choose from constant, cosine")
 
+        if sorted(set(self.progressive)) != list(self.progressive):
+            raise InputError(f"progressive {self.progressive}: the steps should rise")
+
     def lr_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at a step, 0 to steps - 1."""
         rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
@@ -104,7 +107,7 @@ def draw(word: Word, settings: Settings, num_train_timesteps: int, count: int, *
     # Every photo comes equally often, and every stretch of time, for a loss with less noise.
     photo = torch.cat([torch.randperm(photos, generator=g) for _ in range(-(-count // photos))])[:count]
     stratum = (torch.randperm(count, generator=g) + torch.rand(count, generator=g)) / count
-    t = (stratum * num_train_timesteps).long()
+    t = (stratum * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)  # 1.0 - tiny may round up
     views = [(latents.photo == p).nonzero()[:, 0] for p in photo]
     view = torch.stack([v[torch.randint(len(v), (), generator=g)] for v in views])
     chance = torch.rand(count, 2, generator=g).tolist()

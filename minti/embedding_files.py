@@ -101,7 +101,7 @@ def read(path: Path) -> tuple[str, list[Entry]]:
 
 def _refusal(path: Path, why: str) -> InputError:
     return InputError(
-        f"{path}: is not a file of learned words: {why}; a word is a tensor of finite numbers, (n, D) or (D,)"
+        f"{path}: is not a learned word: {why}; expected a tensor of finite numbers, (n, D) or (D,)"
     )
 
 
@@ -213,7 +213,7 @@ def encode(path: Path, entries: Sequence[Entry], format: str | None = None) -> b
         "name": word,
         "step": int(step) if re.fullmatch(r"\d{1,18}", step, re.ASCII) else None,
         "sd_checkpoint": metadata.get("sd_checkpoint"),
-        "sd_checkpoint_name": metadata.get("sd_checkpoint_name"),
+        "sd_checkpoint_name": metadata.get("sd_checkpoint_name", metadata.get("base_model")),
     }
     return _torch_bytes(content | notes)
 

@@ -43,7 +43,7 @@ def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1
     Raises:
         InputError: `word` is empty or of no use for that kind.
     """
-    table = sd.text_encoder.token_embedding.weight
+    table = sd.vocabulary
     if kind == "file":
         return Concept.load(word).vectors
     if kind == "random":
@@ -87,17 +87,24 @@ class Inversion:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        for word in words:
+            if settings.progressive and len(word.init) != 1 + len(settings.progressive):
+                raise InputError(
+                    f"{word.placeholder!r} has {len(word.init)} vectors, progressive steps are for "
+                    f"{1 + len(settings.progressive)}: one to start with and one more at each"
+                )
         self.sd, self.words, self.settings = sd, list(words), settings
         self.rank, self.world = rank, world
         self.step_count = 0
-        table = sd.text_encoder.token_embedding.weight
-        self.vocabulary_norm = table.float().norm(dim=1).mean().item()
+        self.vocabulary_norm = sd.vocabulary.float().norm(dim=1).mean().item()
         self.rows = [sd.add_concept(Concept(w.placeholder, w.init), replace=replace) for w in self.words]
         self.photo_rows = [self._add_photo_words(word) for word in self.words]
         groups = []
         for word, rows, photo_rows in zip(self.words, self.rows, self.photo_rows, strict=True):
             parameters = [p.requires_grad_(True) for p in (rows, *photo_rows)]
             groups.append({"params": parameters, "lr": word.lr})
+        self._parameters = [p for group in groups for p in group["params"]]
+        self._good = [p.detach().clone() for p in self._parameters]
         self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
         # float16 has so small a range that gradients vanish unless the loss is scaled up.
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
@@ -148,24 +155,23 @@ class Inversion:
 
     def _use_vectors(self) -> None:
         """Progressive extension: let prompts use as many vectors of each word as are in play at this step."""
-        joined = sum(self.step_count >= step for step in self.settings.progressive)
+        if not self.settings.progressive:
+            return
+        in_play = 1 + sum(self.step_count >= step for step in self.settings.progressive)
         for word, rows, ids in zip(self.words, self.rows, self._all_ids, strict=True):
-            in_play = ids[: 1 + joined] if self.settings.progressive else ids
+            rows.data[in_play:] = word.init[in_play:].to(rows)  # weight decay has been at them
             placeholders, key = self.sd.tokenizer.placeholders, clean(word.placeholder)
-            if list(placeholders[key]) != list(in_play):
-                placeholders[key] = in_play
+            if len(placeholders[key]) != in_play:
+                placeholders[key] = ids[:in_play]
                 self._ids_of.clear()
-            if self.step_count in self.settings.progressive and joined < len(rows):
-                rows.data[joined] = word.init[joined].to(rows)  # weight decay has been at it
 
     def step(self) -> Tensor:
         """One update. Returns the loss of each word, (words,) float32.
 
         Raises:
-            Diverged: a loss or gradient is not finite; nothing has been updated.
+            Diverged: the loss is not finite; the rows are the last ones for which it was.
         """
         settings, n = self.settings, self.settings.batch_size
-        self._use_vectors()
         total = n * settings.accumulate * self.world
         drawn = [self._draw(word, total, self.step_count) for word in self.words]
         losses = torch.zeros(len(self.words), device=self.sd.device)
@@ -180,31 +186,36 @@ class Inversion:
                 (r - w.init.to(r)).square().sum(1).mean() for r, w in zip(self.rows, self.words, strict=True)
             ]
             self.scaler.scale(settings.regularization * sum(drift)).backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.world > 1:
-            for tensor in (losses, *(p.grad for p in parameters)):
+            for tensor in (losses, *(p.grad for p in self._parameters)):
                 dist.all_reduce(tensor)
-        self._check(losses, parameters)
+        # With a scaled loss, gradients may overflow: the scaler then leaves out the step and scales less.
+        scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        self._check([losses] if scaled else [losses, *(p.grad for p in self._parameters)])
+        self._good = [p.detach().clone() for p in self._parameters]
         for group, word in zip(self.optimizer.param_groups, self.words, strict=True):
             group["lr"] = word.lr * settings.lr_factor(self.step_count)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if settings.max_norm is not None:
-            for p in parameters:
+            for p in self._parameters:
                 p.data.renorm_(2, 0, settings.max_norm * self.vocabulary_norm)
+        self._check(self._parameters)
         self.step_count += 1
+        self._use_vectors()
         return losses
 
-    def _check(self, losses: Tensor, parameters: Sequence[Tensor]) -> None:
-        # With a scaled loss, gradients may overflow: the scaler then leaves out the step and scales less.
-        scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        tensors = [losses] if scaled else [losses, *(p.grad for p in parameters if p.grad is not None)]
+    def _check(self, tensors: Sequence[Tensor]) -> None:
         if all(t.isfinite().all() for t in tensors):
             return
         longest = max(rows.detach().norm(dim=1).max().item() for rows in self.rows) / self.vocabulary_norm
-        if longest > 20:
+        for p, good in zip(self._parameters, self._good, strict=True):
+            p.data.copy_(good)
+        if self.step_count == 0:
+            cause = "weights of the checkpoint or pictures hold no finite numbers"
+        elif not longest < 20:
             cause = (
-                f"a vector has grown {longest:.0f} times too long: lower the learning rate, or set max_norm"
+                f"a vector has become {longest:.0f} times too long: lower the learning rate, or set max_norm"
             )
         elif self.sd.dtype == torch.float16:
             cause = "the model overflows in float16: use bfloat16 or float32"
@@ -224,6 +235,7 @@ class Inversion:
         for first in range(0, size, n):
             losses = self._losses([s[first : first + n] for s in drawn])
             sums = sums + losses.view(len(self.words), -1).sum(1)
+        self._check([sums])
         return sums / size
 
     def concept(self, index: int, metadata: dict[str, str] | None = None) -> Concept:

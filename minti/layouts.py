@@ -8,7 +8,8 @@ module, built without memory of its own, takes its weights over straight from di
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .clip import CLIPTextModel
 from .config import InputError, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json
+from .diffusion import Schedule
 from .keymap import (
     FOLDER_ALIASES,
     IGNORED,
@@ -140,7 +142,7 @@ def plan_folder(path: Path, variant: str | None) -> Plan:
         path = snapshots[-1] if snapshots else path
     index = path / "model_index.json"
     kind = read_json(index).get("_class_name", "") if index.is_file() else ""
-    if "XL" in kind or (path / "text_encoder_2").is_dir():
+    if "XL" in kind or (not kind and (path / "text_encoder_2").is_dir()):
         raise InputError(
             f"{path}: SDXL needs two text encoders at once, which minti's pipeline does not have"
         )
@@ -154,7 +156,7 @@ def plan_folder(path: Path, variant: str | None) -> Plan:
     def part(name: str, config: type, module: type, stem: str) -> Part:
         folder = path / name
         source = folder / "config.json"
-        with torch.device("meta"):
+        with _explained(source), torch.device("meta"):
             built = module(config.from_json(read_json(source), str(source)))
         files = [WeightFile(file) for file in _find_weights(folder, stem, variant)]
         keys = {key for file in files for key in file.shapes}
@@ -172,8 +174,23 @@ def plan_folder(path: Path, variant: str | None) -> Plan:
         keys = [key for file in p.files for key in file.shapes]
         unexpected += [f"{name}/{key}" for key in keys if key not in claimed and not IGNORED.fullmatch(key)]
     source = path / "scheduler" / "scheduler_config.json"
-    schedule = ScheduleConfig.from_json(read_json(source), str(source))
+    with _explained(source):
+        schedule = ScheduleConfig.from_json(read_json(source), str(source))
+        Schedule(schedule)
     return Plan(path, "diffusers", parts, schedule, unexpected=unexpected)
+
+
+@contextmanager
+def _explained(source: Path) -> Iterator[None]:
+    """Numbers that make no model (text, negative widths, ...) fail in many ways. Say where they came from."""
+    try:
+        yield
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"{source}: is not a whole Stable Diffusion model (no {error.args[0]})") from None
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise InputError(f"{source}: does not describe a Stable Diffusion model ({error})") from None
 
 
 def _find_alias(key: str, keys: set[str]) -> str:
@@ -194,7 +211,9 @@ def _find_weights(folder: Path, stem: str, variant: str | None) -> list[Path]:
                 folder / f"{name}{dot}.{suffix}.index.json",
             ):
                 if index.exists():
-                    shards = read_json(index).get("weight_map", {})
+                    shards = read_json(index).get("weight_map")
+                    if not shards or not isinstance(shards, dict) or {*map(type, shards.values())} != {str}:
+                        raise InputError(f"{index}: lists no files of weights; download it again")
                     return [folder / shard for shard in sorted(set(shards.values()))]
     there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
     raise InputError(
@@ -220,13 +239,10 @@ def plan_single_file(path: Path, ema: bool) -> Plan:
         )
     if "cond_stage_model.transformer.token_emb.weight" in shapes:
         raise InputError(f"{path}: has the BERT text encoder of the first latent diffusion model, not CLIP")
-    try:
-        with torch.device("meta"):
-            unet = UNet(UNetConfig.from_shapes(_below(UNET_PREFIX, shapes)))
-            vae = VAE(VAEConfig.from_shapes(_below(VAE_PREFIX, shapes)))
-            text, is_openclip = _single_file_text(file)
-    except KeyError as error:
-        raise InputError(f"{path}: is not a whole Stable Diffusion model (no {error.args[0]})") from None
+    with _explained(path), torch.device("meta"):
+        unet = UNet(UNetConfig.from_shapes(_below(UNET_PREFIX, shapes)))
+        vae = VAE(VAEConfig.from_shapes(_below(VAE_PREFIX, shapes)))
+        text, is_openclip = _single_file_text(file)
     parts = {
         "text_encoder": text,
         "unet": Part(

@@ -102,6 +102,12 @@ class StableDiffusion:
         """Height and width in pixels of the pictures the model was trained on."""
         return self.unet.config.sample_size * self.vae.config.downscale
 
+    @property
+    def vocabulary(self) -> Tensor:
+        """The checkpoint's own word vectors, (vocab_size, D), without any learned ones."""
+        table = self.text_encoder.token_embedding
+        return table.table.weight if isinstance(table, PlaceholderEmbedding) else table.weight
+
     def add_concept(self, concept: Concept, *, replace: bool = False) -> nn.Parameter:
         """Teach the model a learned word: it can be used in every prompt from now on.
 
@@ -243,7 +249,8 @@ class StableDiffusion:
 
     def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """(width, height) in pixels, filled in and checked. Raises InputError unless multiples of 8."""
-        width, height = (size or self.image_size,) * 2 if not isinstance(size, tuple) else size
+        side = self.image_size if size is None else size
+        width, height = side if isinstance(side, tuple) else (side, side)
         f = self.vae.config.downscale
         if width % f or height % f or width < f or height < f:
             up = "x".join(str(max(f, -(-side // f) * f)) for side in (width, height))

@@ -8,6 +8,7 @@ already read are given back and loading never holds much more than the result.
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -158,18 +159,19 @@ def read_nested(path: Path) -> Any:
 def _unpickle(path: Path, device: str) -> Any:
     options = {"map_location": device, "mmap": device == "cpu" and zipfile.is_zipfile(path)}
     try:
-        try:
-            content = torch.load(path, weights_only=True, **options)
-        except pickle.UnpicklingError:
-            # Training frameworks leave objects of their own beside the weights. Read again with an unpickler
-            # that can build tensors and nothing else.
-            content = torch.load(path, weights_only=False, pickle_module=_RESTRICTED, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles made by other versions
+            try:
+                return torch.load(path, weights_only=True, **options)
+            except pickle.UnpicklingError:
+                # Training frameworks leave objects of their own beside the weights. Read again with an
+                # unpickler that can build tensors and nothing else.
+                return torch.load(path, weights_only=False, pickle_module=_RESTRICTED, **options)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can fail in any way whatever
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(f"{path}: truncated or damaged PyTorch file ({reason}); download it again") from None
-    return content
 
 
 def _load_torch(path: Path, device: str) -> dict[str, Tensor]:

@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
+import minti
+from minti import keymap
 from minti.tokenizer import byte_symbols
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -76,6 +85,27 @@ UNETS = {
         "sample_size": 16,
     },
 }
+UNETS |= {
+    "sd1.5": UNET
+    | {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "sample_size": 64},
+    "sd2.1": UNETS["sd2"]
+    | {
+        "block_out_channels": [320, 640, 1280, 1280],
+        "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024,
+        "upcast_attention": True,
+        "sample_size": 96,
+    },
+}
+# Two levels, pictures of 16 pixels: a training step takes milliseconds.
+UNETS["small"] = UNET | {
+    "block_out_channels": [32, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 32,
+}
 VAE = {
     "block_out_channels": [32, 32, 64, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -83,6 +113,13 @@ VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
     "sample_size": 64,
+}
+SMALL_VAE = {
+    "block_out_channels": [32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "sample_size": 16,
 }
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -94,19 +131,30 @@ SCHEDULE = {
 }
 
 
-def text_config(family: str, vocab_size: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=1,  # 64 channels a head, as in public models
-        hidden_act="gelu" if family == "sd2" else "quick_gelu",
-        projection_dim=32,
-        bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1,
-        pad_token_id=0,
-    )
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 1,  # 64 channels a head, as in public models
+    "hidden_act": "quick_gelu",
+    "projection_dim": 32,
+}
+TEXTS = {
+    "sd1": TEXT,
+    "small": TEXT | {"hidden_size": 32, "num_hidden_layers": 1},
+    "sd2": TEXT | {"hidden_act": "gelu"},
+    "inpainting": TEXT,
+    "sd1.5": TEXT
+    | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "sd2.1": TEXT
+    | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+    | {"hidden_act": "gelu"},
+}
+
+
+def text_config(family: str, vocab_size: int, **changes) -> CLIPTextConfig:
+    special = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": 0}
+    return CLIPTextConfig(vocab_size=vocab_size, **TEXTS[family] | special | changes)
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -119,17 +167,42 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
+# One builder for each module of the reference. `changes` are to its config.
+
+
+def unet(family: str = "sd1", **changes) -> UNet2DConditionModel:
+    torch.manual_seed(1)
+    return randomise(UNet2DConditionModel(**UNETS[family] | changes), 1)
+
+
+def vae(**changes) -> AutoencoderKL:
+    torch.manual_seed(2)
+    return randomise(AutoencoderKL(**VAE | changes), 2)
+
+
+def text_encoder(
+    family: str = "sd1", vocab_size: int = 600, *, projected: bool = False, **changes
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    torch.manual_seed(3)
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return randomise(kind(text_config(family, vocab_size, **changes)), 3)
+
+
+def image_encoder(**changes) -> CLIPVisionModelWithProjection:
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+    small |= {"image_size": 32, "patch_size": 8, "projection_dim": 24}
+    torch.manual_seed(4)
+    return randomise(CLIPVisionModelWithProjection(CLIPVisionConfig(**small | changes)), 4)
+
+
 @functools.cache
 def _modules(family: str, vocab_size: int) -> tuple:
-    torch.manual_seed(7)
-    unet = randomise(UNet2DConditionModel(**UNETS[family]), 1)
-    vae = randomise(AutoencoderKL(**VAE), 2)
-    text = randomise(CLIPTextModel(text_config(family, vocab_size)), 3)
-    return unet, vae, text
+    small = SMALL_VAE if family == "small" else {}
+    return unet(family), vae(**small), text_encoder(family, vocab_size)
 
 
 def pipeline(folder: Path, family: str = "sd1", prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """A diffusers pipeline of the given family ("sd1", "sd2"), whose tokenizer lies in `folder`."""
+    """A diffusers pipeline of the given family ("sd1", "sd2", "small"), whose tokenizer lies in `folder`."""
     words = write_tokenizer(folder / "words", pad="!" if family == "sd2" else "<|endoftext|>")
     tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=77)
     unet, vae, text = _modules(family, len(tokenizer))
@@ -155,6 +228,27 @@ def save_folder(folder: Path, family: str = "sd1", prediction_type: str = "epsil
     return folder
 
 
-def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest absolute difference, relative to the largest absolute value of the reference."""
-    return ((ours.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
+def single_file(sd: minti.StableDiffusion) -> dict[str, torch.Tensor]:
+    """The weights of a loaded model under the names of a single file (`test_keymap.py` proves the names)."""
+    openclip = sd.text_encoder.config.hidden_act == "gelu"
+    prefix = "cond_stage_model.model." if openclip else "cond_stage_model.transformer.text_model."
+    if openclip:
+        text_blocks, text_layers = keymap.openclip_blocks(sd.text_encoder.config), keymap.OPENCLIP_LAYERS
+    else:
+        text_blocks, text_layers = {"text_model.": ""}, {}
+    weights = {}
+    for module, *names in (
+        (sd.unet, keymap.unet_blocks(sd.unet.config), keymap.UNET_LAYERS, "model.diffusion_model."),
+        (sd.vae, keymap.vae_blocks(sd.vae.config), keymap.VAE_LAYERS, "first_stage_model."),
+        (sd.text_encoder, text_blocks, text_layers, prefix),
+    ):
+        state = module.state_dict()
+        weights |= keymap.to_single_file(state, keymap.find_origins(state, *names))
+    if openclip:  # files hold a last block and a head, which Stable Diffusion 2 does not use
+        first, n = f"{prefix}transformer.resblocks.0.", sd.text_encoder.config.num_hidden_layers
+        for key in [key for key in weights if key.startswith(first)]:
+            weights[key.replace(".0.", f".{n}.", 1)] = torch.full_like(weights[key], 9.0)
+        width = sd.text_encoder.config.hidden_size
+        weights[f"{prefix}text_projection"] = torch.ones(width, width)
+        weights[f"{prefix}logit_scale"] = torch.tensor(4.6)
+    return {key: tensor.clone().contiguous() for key, tensor in weights.items()}

@@ -1,0 +1,187 @@
+"""Whole pictures against the diffusers pipelines, from the files of a checkpoint and for the same seeds."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+
+import minti
+from minti import Concept
+
+from . import oracles
+from .compare import assert_parity, compare_pictures
+
+PROMPTS = ["a photo of the cat", "red toy on the grass", "the dog"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(family, prediction type) -> minti's model, and the diffusers pipeline that wrote its files."""
+    loaded = {}
+
+    def get(family="sd1", kind="epsilon"):
+        if (family, kind) not in loaded:
+            folder = tmp_path_factory.mktemp("models") / f"{family}-{kind}"
+            oracles.save_folder(folder, family, kind)
+            sd = minti.load(folder, device="cpu", dtype="float32")
+            loaded[family, kind] = sd, oracles.pipeline(folder.parent, family, kind)
+        return loaded[family, kind]
+
+    return get
+
+
+def assert_same_pictures(pairs):
+    """Equal latents at every step, and equal pictures up to the rounding to 256 levels.
+
+    The UNet answers to its own rounding, and guidance multiplies that by 7.5: where single modules agree to
+    1e-6, the x_t of 20 steps have been seen 5e-5 apart, of which minti's share,
+    against a run in float64, is 1e-5.
+    """
+    assert_parity({"latents": pairs["latents"]}, 2e-4)
+    pixels, reference = pairs["pixels"]
+    assert pixels.shape == reference.shape
+    assert reference.std() > 0.05  # grey pictures would prove nothing
+    assert (pixels - reference).abs().mean() < 0.5 / 255
+    levels = (pixels * 255).round() - (reference * 255).round()
+    assert levels.abs().max() <= 1
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_pictures(models, family, kind, guidance_scale, eta):
+    assert_same_pictures(compare_pictures(*models(family, kind), guidance_scale=guidance_scale, eta=eta))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 1},
+        {"steps": 20},
+        {"steps": 7, "eta": 1.0},
+        {"negative_prompt": "red grass"},
+        {"size": (96, 64)},  # width and height of latents: 12 x 8
+        {"size": (72, 104)},  # odd: 9 x 13
+        {"prompts": PROMPTS, "num_images": 2, "batch_size": 4, "eta": 0.7},  # a batch across prompts
+        {"num_images": 2, "batch_size": 1, "negative_prompt": "photo"},
+        {"prompts": [""], "guidance_scale": 3.0},
+        {"prompts": [" ".join(["cat dog"] * 60)]},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:a prompt has 75 tokens at most")
+def test_options(models, options):
+    assert_same_pictures(compare_pictures(*models("sd1"), **options))
+
+
+def test_pictures_depend_on_what_they_should(models):
+    """Were they all alike, equality with the reference would prove little."""
+    sd, _ = models()
+    base = {"prompt": "a photo of the cat", "steps": 3, "guidance_scale": 7.5, "eta": 0.0, "seed": 0}
+    changes = [{"prompt": "red toy"}, {"negative_prompt": "red toy"}, {"seed": 1}, {"steps": 4}]
+    changes += [{"eta": 0.7}, {"guidance_scale": 1.0}]
+    (reference,) = sd.sample(**base)
+    for change in changes:
+        (image,) = sd.sample(**base | change)
+        assert np.abs(np.asarray(image, float) - np.asarray(reference, float)).mean() > 1, change
+    assert sd.sample(**base)[0].tobytes() == reference.tobytes()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_batch_size_does_not_change_pictures(models, eta):
+    sd, _ = models()
+    how = {"num_images": 2, "steps": 3, "eta": eta, "seed": 11}
+    pictures = [np.stack(sd.sample(PROMPTS, batch_size=n, **how)).astype(int) for n in (1, 4, 6)]
+    assert pictures[0].shape == (6, 64, 64, 3)
+    for other in pictures[1:]:
+        assert np.abs(other - pictures[0]).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_half_precision(tmp_path, models, family, dtype):
+    """Close to float32: within a few of the 256 levels, of which bfloat16 with its 8 bits takes the most."""
+    folder = oracles.save_folder(tmp_path / "model", family)
+    sd = minti.load(folder, device="cpu", dtype=dtype)
+    how = {"prompt": PROMPTS[0], "steps": 3, "guidance_scale": 3.0, "size": 32}
+    half, full = (np.stack(m.sample(**how)).astype(float) for m in (sd, models(family)[0]))
+    assert next(sd.denoise(PROMPTS, [0, 1, 2], steps=1)).dtype == torch.float32
+    assert {p.dtype for m in (sd.unet, sd.vae, sd.text_encoder) for p in m.parameters()} == {sd.dtype}
+    assert 0 < np.abs(half - full).mean() < (4 if dtype == "bfloat16" else 1.5)
+
+
+def test_inpainting_model_paints_everything(models, monkeypatch):
+    """Without a picture, an inpainting model gets a grey one under a mask that is white all over.
+
+    Where diffusers draws from the autoencoder's distribution for the grey picture, minti takes its mean.
+    """
+    sd, pipe = models("inpainting")
+    pipe = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+
+    def mean_latents(image, generator):
+        return pipe.vae.encode(image).latent_dist.mode() * pipe.vae.config.scaling_factor
+
+    monkeypatch.setattr(pipe, "_encode_vae_image", mean_latents)
+    for guidance_scale, eta, size in ((1.0, 0.0, (64, 64)), (7.5, 0.7, (96, 64))):
+        width, height = size
+        picture = torch.rand(2, 3, height, width)  # all of which the mask hides
+        inputs = {"image": picture, "mask_image": torch.ones(2, 1, height, width), "strength": 1.0}
+        assert_same_pictures(
+            compare_pictures(sd, pipe, guidance_scale=guidance_scale, eta=eta, size=size, **inputs)
+        )
+
+
+@pytest.mark.parametrize("num_vectors", [1, 3])
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_concept(tmp_path, family, num_vectors):
+    """A learned word in both, from the same file."""
+    folder = oracles.save_folder(tmp_path / "model", family)
+    sd = minti.load(folder, device="cpu", dtype="float32")
+    pipe = oracles.pipeline(tmp_path, family)
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)  # gets a larger table
+    generator = torch.Generator().manual_seed(num_vectors)
+    Concept("<cat-toy>", torch.randn(num_vectors, 64, generator=generator)).save(tmp_path / "toy.safetensors")
+    Concept("<style>", torch.randn(2, 64, generator=generator)).save(tmp_path / "style.safetensors")
+
+    prompts = ["a photo of <cat-toy> on the grass", "<cat-toy>, in <style>, and the dog"]
+    for name in ("toy", "style"):
+        sd.add_concept(Concept.load(tmp_path / f"{name}.safetensors"))
+        pipe.load_textual_inversion(tmp_path / f"{name}.safetensors")
+    pairs = compare_pictures(sd, pipe, prompts, negative_prompt="red <cat-toy>")
+    assert_same_pictures(pairs)
+
+    learned = len(sd.tokenizer) - sd.text_encoder.config.vocab_size
+    assert learned == num_vectors + 2
+    plain = minti.load(folder, device="cpu", dtype="float32").sample(
+        [prompt.replace("<cat-toy>", "toy").replace("<style>", "red") for prompt in prompts], steps=3, seed=3
+    )
+    assert (pairs["pixels"][0] * 255 - torch.from_numpy(np.stack(plain))).abs().mean() > 1
+
+
+def test_exclamation_mark_as_transformers_reads_it(tmp_path):
+    """The padding of SD 2.x is "!", for which transformers then takes every exclamation mark in a prompt.
+
+    minti reads the mark as a word, as OpenCLIP did in training; this is how to get diffusers' picture.
+    """
+    folder = oracles.save_folder(tmp_path / "model", "sd2")
+    sd = minti.load(folder, device="cpu", dtype="float32")
+    pipe = oracles.pipeline(tmp_path, "sd2")
+    prompts = ["the cat! on grass", "red toy!! and the dog!"]
+    theirs = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+    assert not torch.equal(sd.tokenizer(prompts), theirs)
+    sd.tokenizer.add_placeholder("!", [0])
+    assert torch.equal(sd.tokenizer(prompts), theirs)
+    assert_same_pictures(compare_pictures(sd, pipe, prompts))
+
+
+def test_every_step_is_yielded(models):
+    """`denoise` shows all x_t on the way, and `sample` is the picture of the last."""
+    sd, _ = models()
+    steps = list(sd.denoise([PROMPTS[0]] * 3, [5, 6, 7], steps=4))
+    assert [x.shape for x in steps] == [(3, 4, 8, 8)] * 4
+    images = sd.sample(PROMPTS[0], steps=4, num_images=3, seed=5)
+    assert [i.tobytes() for i in images] == [i.tobytes() for i in sd.decode_latents(steps[-1])]

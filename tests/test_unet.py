@@ -1,0 +1,88 @@
+"""The UNet of every family against diffusers."""
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+
+from minti.attention import Attention
+from minti.unet import timestep_embedding
+
+from . import compare, oracles
+from .compare import assert_parity
+
+NO_MIDDLE = {"mid_block_type": None, "layers_per_block": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("sd1", {}),
+        ("sd1", NO_MIDDLE),
+        ("sd1", {"layers_per_block": 3, "norm_num_groups": 16, "norm_eps": 1e-4}),
+        ("sd2", {}),
+        ("sd2", {"attention_head_dim": [1, 2, 4, 8], "upcast_attention": True}),
+        ("sd2", NO_MIDDLE),
+        ("inpainting", {}),
+        ("sdxl", {}),
+    ],
+)
+@pytest.mark.parametrize(("height", "width"), [(8, 16), (13, 9)])
+def test_forward(family, changes, height, width):
+    """Odd sizes shrink by rounding up, and must come back to what they were."""
+    assert_parity(compare.compare_unet(oracles.unet(family, **changes), height, width))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_norm_eps(family):
+    reference = oracles.unet(family)
+    eps = compare.norm_eps(compare.ours(reference))
+    assert eps == compare.norm_eps(reference)
+    assert set(eps.values()) == {1e-5, 1e-6}
+
+
+def test_time_and_words_once_for_all_steps():
+    """`embed_time` for three steps at once and `embed_context`, then `denoise`, against whole forwards."""
+    reference = oracles.unet("sd1")
+    unet = compare.ours(reference)
+    x, context, times = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 64), torch.tensor([981, 500, 1])
+    words, time = unet.embed_context(context), unet.embed_time(times)
+    for i, t in enumerate(times):
+        output = unet.denoise(x, [part[i : i + 1] for part in time], words)
+        assert_parity(
+            {
+                "diffusers": (output, reference(x, t, context).sample),
+                "forward": (output, unet(x, t[None], context)),
+            }
+        )
+
+
+def test_words_and_time_matter():
+    """Were the output deaf to one of its inputs, comparing it would prove nothing."""
+    unet = compare.ours(oracles.unet("sd1"))
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 77, 64)
+    output = unet(x, torch.tensor([500]), context[0])
+    for other in (unet(x, torch.tensor([501]), context[0]), unet(x, torch.tensor([500]), context[1])):
+        assert compare.relative_error(other, output) > 1e-3
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_upcast_attention_reaches_every_layer(upcast):
+    unet = compare.ours(oracles.unet("sd2", upcast_attention=upcast))
+    layers = [module for module in unet.modules() if isinstance(module, Attention)]
+    assert len(layers) == 32
+    assert all(layer.upcast == upcast for layer in layers)
+
+
+def test_sdxl_needs_its_conditions():
+    unet = compare.ours(oracles.unet("sdxl"))
+    with pytest.raises(ValueError, match="pooled text"):
+        unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 77, 64))
+
+
+@pytest.mark.parametrize("dim", [2, 8, 320])
+def test_timestep_embedding(dim):
+    """Angles go up to 1000, where float32 has steps of 6e-5: that much the sines may differ."""
+    t = torch.tensor([0, 1, 20, 500, 999])
+    expected = get_timestep_embedding(t, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(timestep_embedding(t, dim), expected, rtol=0, atol=1e-4)
+    assert torch.equal(timestep_embedding(t, dim)[0], torch.tensor([1.0] * (dim // 2) + [0.0] * (dim // 2)))
