@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_parts
 from .clip import CLIPTextModel
-from .concept import Concept, PlaceholderEmbedding
+from .concept import Concept, PlaceholderEmbedding, encoder_of
 from .config import InputError
 from .diffusion import Schedule
 from .tokenizer import Tokenizer
@@ -123,10 +123,9 @@ class StableDiffusion:
         table = self.text_encoder.token_embedding
         width, own = concept.vectors.shape[1], self.text_encoder.config.hidden_size
         if width != own:
-            families = {768: " (SD 1.x)", 1024: " (SD 2.x)", 1280: " (LDM)"}
             raise InputError(
-                f"{concept.placeholder!r} was learned on a {width}-wide encoder{families.get(width, '')}; "
-                f"this checkpoint is {own} wide{families.get(own, '')}; use the model it was learned on"
+                f"{concept.placeholder!r} was learned on a {encoder_of(width)}, this checkpoint has a "
+                f"{encoder_of(own)}; use the model it was learned on"
             )
         embedding = table if isinstance(table, PlaceholderEmbedding) else PlaceholderEmbedding(table)
         first = len(embedding.weight)

@@ -40,11 +40,11 @@ h2 { margin: 2.8rem 0 .8rem; padding-top: .9rem; border-top: 1px solid var(--rul
 p { max-width: 44rem; margin: .5rem 0; } .soft, figcaption { color: var(--soft); font-size: .875rem; }
 .verdict { margin: 1.1rem 0 0; font-size: 1.2rem; }
 .warn { padding-left: .8rem; border-left: 4px solid var(--mark); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12.5rem, 1fr)); gap: .75rem;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem;
   margin: 1.5rem 0 0; }
-.tiles div { padding: .8rem 1rem; border-radius: .5rem; background: var(--tint); }
+.tiles div { padding: .7rem .8rem; border-radius: .5rem; background: var(--tint); }
 .tiles dt { color: var(--soft); font-size: .875rem; } .tiles dd { margin: 0; font-size: .875rem; }
-.tiles dd.value { font-size: 1.7rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+.tiles dd.value { font-size: 1.4rem; line-height: 1.5; white-space: nowrap; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0 0 1.2rem; break-inside: avoid; } .grid figure { margin: 0; }
 figcaption b { display: block; color: var(--ink); } figcaption { margin-bottom: .3rem; }
@@ -53,7 +53,7 @@ img { display: block; width: 100%; height: auto; border-radius: .3rem; }
 svg { display: block; width: 100%; height: auto; font-size: 12px; }
 svg text { fill: var(--soft); } svg path { fill: none; stroke-linecap: round; stroke-linejoin: round; }
 .rule { stroke: var(--rule); } .line { stroke: var(--data); stroke-width: 1.8; }
-.dots { stroke: var(--data); stroke-width: 2.4; stroke-opacity: .3; }
+.dots { stroke: var(--data); stroke-width: 2.4; stroke-opacity: .4; }
 .points { stroke: var(--data); stroke-width: 5; } .level { stroke: var(--soft); stroke-dasharray: 3 5; }
 .best { fill: none; stroke: var(--mark); stroke-width: 2.2; }
 svg .bestword { fill: var(--mark); font-weight: 600; }
@@ -67,7 +67,9 @@ th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--rule); te
 th { color: var(--soft); font-weight: 400; white-space: nowrap; }
 td span { display: inline-block; margin-right: 1.3rem; white-space: nowrap; } td i { color: var(--soft); }
 .columns { columns: 24rem; column-gap: 2.5rem; } .columns table { width: 100%; } .columns th { width: 45%; }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } h2 { break-after: avoid; } }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } h2, h2 + p { break-after: avoid; }
+  img { width: auto; max-width: 100%; max-height: 6cm; } .columns { columns: 2; }
+  .grid { grid-template-columns: 1fr 1fr; } }
 """
 
 
@@ -93,7 +95,7 @@ def _tiles(run: Run) -> str:
         angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
         tiles.append(("Cosine to the start", f"{cosine:.2f}", f"turned by {angle:.0f}°"))
     if len(seconds):
-        note = f"{len(seconds):,} steps, {short(float(np.median(seconds)))} s the median"
+        note = f"{len(seconds):,} steps, median {short(float(np.median(seconds)))} s"
         tiles.append(("Time in steps", _duration(float(seconds.sum())), note))
     cells = [f"<div><dt>{a}</dt><dd class=value>{b}</dd><dd>{c}</dd></div>" for a, b, c in tiles]
     return f"<dl class=tiles>{''.join(cells)}</dl>" * bool(cells)

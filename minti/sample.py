@@ -87,17 +87,17 @@ def plan_jobs(prompts: Sequence[str], seed: int, num_images: int, out: Path) -> 
 
 def load_with_concepts(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]:
     """The checkpoint with its learned words, (word -> concept)."""
-    concepts = {}
+    concepts: dict[str, Concept] = {}
     for text in args.concept:
         word, equals, file = text.partition("=")
         if not equals or Path(text).exists():
             word, file = None, text
-        concept = Concept.load(file, placeholder=word)
-        if concept.placeholder in concepts:
-            raise InputError(
-                f"{file}: {concept.placeholder!r} is learned twice; rename one: --concept '<new>={file}'"
-            )
-        concepts[concept.placeholder] = concept
+        for concept in [Concept.load(file, word)] if word else Concept.load_all(file):
+            if concept.placeholder in concepts:
+                raise InputError(
+                    f"{file}: {concept.placeholder!r} is learned twice; rename one: --concept '<new>={file}'"
+                )
+            concepts[concept.placeholder] = concept
     sd = cli.load_model(args)
     for concept in concepts.values():
         sd.add_concept(concept)

@@ -107,8 +107,8 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], bool]:
             continue
         if not isinstance(config, dict):
             continue
-        entries = [e for e in config.get("concepts") or [] if isinstance(e, dict)]
-        own = [e for e in entries if str(e.get("name")) == folder.resolve().name]
+        entries = config["concepts"] if isinstance(config.get("concepts"), list) else []
+        own = [e for e in entries if isinstance(e, dict) and str(e.get("name")) == folder.resolve().name]
         if path.parent == folder or own:
             config.pop("concepts", None)
             return (config | own[0], True) if own else (config, False)
@@ -193,7 +193,7 @@ def advice(run: Run) -> list[tuple[str, str]]:
         found.append((f"Train again with {', '.join(what for _, what in changes.values())}", command))
     if (run.num_vectors or 1) > 2:
         text = f"A word of {run.num_vectors} vectors is closer to the photos, but bends less to the prompt"
-        found.append((f"{text}; if it is too stiff, train again with a lower --num-vectors", ""))
+        found.append((f"{text}; if it is too stiff, train again with fewer", ""))
     return found
 
 

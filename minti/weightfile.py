@@ -188,6 +188,8 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
 class _Inert:
     """Stands for any object of an unknown class in a pickle. Does nothing, whatever is done to it."""
 
+    dump_patches = False  # asked for of modules in files of the oldest format
+
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None: ...
@@ -204,6 +206,8 @@ class _Inert:
 
 class _Parameters(dict):
     """Stands for a ParameterDict or ParameterList of torch: nothing but a dictionary of the tensors in it."""
+
+    dump_patches = False
 
     def __setstate__(self, state: Any) -> None:
         parameters = state.get("_parameters") if isinstance(state, dict) else None
