@@ -52,18 +52,17 @@ def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1
     if kind not in ("word", "output"):
         raise InputError(f"init {kind!r}: choose from word, output, random, file")
     ids = sd.tokenizer.encode(word)
-    if not ids:
+    if not 1 <= len(ids) <= 75:
         raise InputError(
-            f"init word {word!r} is empty; give a coarse description of the concept, such as toy"
+            f"init word {word[:60]!r} has {len(ids)} tokens; give a short description such as toy"
         )
     if kind == "word":
         vectors = table[torch.tensor(ids, device=table.device)]
     else:
         vectors = sd.encode_prompt([word])[0, 1 : 1 + len(ids)]  # behind the start token
-    share = len(ids) / num_vectors
-    first = [int(i * share) for i in range(num_vectors)]
-    last = [max(int((i + 1) * share), first[i] + 1) for i in range(num_vectors)]
-    return torch.stack([vectors[a:b].float().mean(0) for a, b in zip(first, last, strict=True)]).cpu()
+    n, k = num_vectors, len(ids)
+    parts = [vectors[i * k // n : max((i + 1) * k // n, i * k // n + 1)] for i in range(n)]
+    return torch.stack([part.float().mean(0) for part in parts]).cpu()
 
 
 class Inversion:
@@ -157,13 +156,14 @@ class Inversion:
         """Progressive extension: let prompts use as many vectors of each word as are in play at this step."""
         if not self.settings.progressive:
             return
-        in_play = 1 + sum(self.step_count >= step for step in self.settings.progressive)
-        for word, rows, ids in zip(self.words, self.rows, self._all_ids, strict=True):
-            rows.data[in_play:] = word.init[in_play:].to(rows)  # weight decay has been at them
-            placeholders, key = self.sd.tokenizer.placeholders, clean(word.placeholder)
-            if len(placeholders[key]) != in_play:
-                placeholders[key] = ids[:in_play]
+        for word, ids in zip(self.words, self._all_ids, strict=True):
+            in_play, placeholders = ids[: self._in_play()], self.sd.tokenizer.placeholders
+            if placeholders[clean(word.placeholder)] != in_play:
+                placeholders[clean(word.placeholder)] = in_play
                 self._ids_of.clear()
+
+    def _in_play(self) -> int:
+        return 1 + sum(self.step_count >= step for step in self.settings.progressive)
 
     def step(self) -> Tensor:
         """One update. Returns the loss of each word, (words,) float32.
@@ -201,6 +201,10 @@ class Inversion:
             for p in self._parameters:
                 p.data.renorm_(2, 0, settings.max_norm * self.vocabulary_norm)
         self._check(self._parameters)
+        if settings.progressive:
+            for word, rows in zip(self.words, self.rows, strict=True):
+                waiting = slice(self._in_play(), None)
+                rows.data[waiting] = word.init[waiting].to(rows)  # weight decay has been at them
         self.step_count += 1
         self._use_vectors()
         return losses

@@ -183,12 +183,13 @@ def check_out(out: Path, args: argparse.Namespace) -> bool:
 
 def start_out(out: Path, args: argparse.Namespace) -> None:
     """Clear away the files of the run before, and no others; write down the settings of this one."""
-    for folder in [out, *out.glob("*/")]:
+    saved = out / "config.yaml"
+    words = (cli.read_yaml(saved).get("concepts") or []) if saved.exists() else []
+    for folder in [out, *(out / word["name"] for word in words)]:
         for name in WRITTEN:
             (folder / name).unlink(missing_ok=True)
         for name in ("embeds", "samples"):
-            if folder.name not in ("embeds", "samples"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+            shutil.rmtree(folder / name, ignore_errors=True)
     write_atomically(out / "config.yaml", cli.to_yaml(args))
 
 

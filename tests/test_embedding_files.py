@@ -1,0 +1,716 @@
+"""Files of learned words: what others write we read, what we write others read, and nothing runs code."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import minti
+from minti import Concept, InputError, concept_cli, embedding_files
+from minti.concept import save_concepts
+
+from . import oracles
+
+
+def vectors(n: int, width: int = 768, seed: int = 0) -> Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+
+
+def one(path: Path, **options) -> tuple[str, Tensor]:
+    concept = Concept.load(path, **options)
+    assert concept.vectors.dtype == torch.float32
+    assert concept.vectors.is_contiguous() and not concept.vectors.requires_grad
+    return concept.placeholder, concept.vectors
+
+
+# What others write ---
+
+
+def write(path: Path, content: object) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+BOTH = pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [vectors(1)[0], vectors(1), vectors(4), vectors(75), vectors(2).half()])
+def test_diffusers(suffix: str, rows: Tensor, tmp_path: Path) -> None:
+    word, read = one(write(tmp_path / f"learned_embeds{suffix}", {"<my.toy 1>": rows}))
+    assert word == "<my.toy 1>"
+    assert torch.equal(read, rows.reshape(-1, 768).float())
+
+
+def test_what_training_loops_pickle(tmp_path: Path) -> None:
+    """Parameters, a slice of a larger table, and the protocol before zip files."""
+    table = nn.Parameter(vectors(10))
+    torch.save({"<toy>": table[3:5].detach().cpu()}, tmp_path / "a.bin")
+    torch.save({"<toy>": nn.Parameter(vectors(2))}, tmp_path / "b.bin")
+    torch.save({"<toy>": vectors(2)}, tmp_path / "c.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(one(tmp_path / "a.bin")[1], vectors(10)[3:5])
+    assert torch.equal(one(tmp_path / "b.bin")[1], vectors(2))
+    assert torch.equal(one(tmp_path / "c.bin")[1], vectors(2))
+
+
+@BOTH
+def test_numbered_keys_are_one_word(suffix: str, tmp_path: Path) -> None:
+    rows = vectors(12)
+    content = {"<toy>" if i == 0 else f"<toy>_{i}": row.clone() for i, row in enumerate(rows)}
+    word, read = one(write(tmp_path / f"e{suffix}", dict(reversed(content.items()))))
+    assert word == "<toy>"
+    assert torch.equal(read, rows)  # 10 and 11 after 9, not after 1
+
+
+@BOTH
+def test_several_words_in_a_file(suffix: str, tmp_path: Path) -> None:
+    """A gap in the numbers, or words of several vectors, are not numbered vectors of one word."""
+    content = {"<a>": vectors(1), "<a>_2": vectors(1, seed=1), "<b>": vectors(3), "<b>_1": vectors(1, seed=2)}
+    path = write(tmp_path / f"e{suffix}", content)
+    read = {concept.placeholder: concept.vectors for concept in Concept.load_all(path)}
+    assert read.keys() == content.keys()
+    assert all(torch.equal(read[word], content[word]) for word in content)
+    with pytest.raises(InputError, match=r"4 words \('<a>', '<a>_2', '<b>', '<b>_1'\), where one was"):
+        Concept.load(path)
+
+
+def a1111(rows: Tensor, name: str = "toy-500") -> dict:
+    return {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": rows},
+        "name": name,
+        "step": 499,
+        "sd_checkpoint": "7460a6fa",
+        "sd_checkpoint_name": None,
+    }
+
+
+def test_a1111(tmp_path: Path) -> None:
+    concept = Concept.load(write(tmp_path / "my toy.pt", a1111(vectors(3))))
+    assert concept.placeholder == "my toy"  # as in that interface, whatever it was called when trained
+    assert torch.equal(concept.vectors, vectors(3))
+    assert concept.metadata == {"name": "toy-500", "step": "499", "sd_checkpoint": "7460a6fa"}
+    parameters = a1111(nn.ParameterDict({"*": vectors(3)})["*"])
+    assert one(write(tmp_path / "p.pt", parameters))[0] == "p"
+    word, rows = one(write(tmp_path / "toy.safetensors", {"emb_params": vectors(2)}))
+    assert word == "toy"
+    assert torch.equal(rows, vectors(2))
+
+
+def official(**rows: Tensor) -> dict:
+    """As EmbeddingManager.save has it."""
+    return {
+        "string_to_token": {word: torch.tensor(265) for word in rows},
+        "string_to_param": nn.ParameterDict({word: nn.Parameter(r) for word, r in rows.items()}),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_official_code(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "embeddings_gs-6099.pt"
+    torch.save(official(**{"*": vectors(2)}), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    word, rows = one(path)
+    assert word == "*"
+    assert torch.equal(rows, vectors(2))
+
+
+def test_official_code_with_several_words(tmp_path: Path) -> None:
+    path = write(tmp_path / "embeddings.pt", official(**{"*": vectors(1), "@": vectors(2)}))
+    assert [(c.placeholder, len(c.vectors)) for c in Concept.load_all(path)] == [("*", 1), ("@", 2)]
+
+
+def test_parameter_dictionaries_of_old_versions_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 1.11 the state of a ParameterDict had other attributes around the same `_parameters`."""
+    new = nn.ParameterDict({"*": vectors(1)})
+    old = nn.ParameterDict.__new__(nn.ParameterDict)
+    old.__dict__.update(training=True, _parameters=new._parameters, _buffers={}, _modules={})
+    path = tmp_path / "embeddings.pt"
+    torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": old}, path)
+    assert torch.equal(one(path)[1], vectors(1))
+
+
+@BOTH
+def test_kohya_and_onetrainer(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    word, rows = one(write(tmp_path / f"kohya{suffix}", {"emb_params": vectors(2)}))
+    assert word == "kohya"
+    assert torch.equal(rows, vectors(2))
+    assert not caplog.records
+    content = {"emp_params": vectors(2, seed=3), "emp_params_out": vectors(2, seed=4)}
+    word, rows = one(write(tmp_path / f"one{suffix}", content))
+    assert word == "one"
+    assert torch.equal(rows, content["emp_params"])
+    assert "emp_params_out ignored" in caplog.text
+
+
+def test_kohya_metadata(tmp_path: Path) -> None:
+    save_file(
+        {"emb_params": vectors(1)}, tmp_path / "k.safetensors", {"ss_steps": "1600", "minti": "not JSON"}
+    )
+    assert Concept.load(tmp_path / "k.safetensors").metadata == {"ss_steps": "1600", "minti": "not JSON"}
+
+
+@BOTH
+def test_sdxl(suffix: str, tmp_path: Path) -> None:
+    content = {"clip_l": vectors(2, 768), "clip_g": vectors(2, 1280, seed=1)}
+    path = write(tmp_path / f"toy{suffix}", content)
+    for width, key in ((768, "clip_l"), (1280, "clip_g")):
+        word, rows = one(path, width=width)
+        assert word == "toy"
+        assert torch.equal(rows, content[key])
+    with pytest.raises(InputError, match="SDXL, which needs two sets of vectors, 768 and 1280 wide"):
+        Concept.load(path)
+    with pytest.raises(InputError, match=r"on a 768-wide encoder \(SD 1\.x\), not on a 1024-wide .*SD 2\.x"):
+        Concept.load(path, width=1024)
+    assert torch.equal(one(write(tmp_path / f"l{suffix}", {"clip_l": content["clip_l"]}))[1], vectors(2))
+
+
+@pytest.mark.parametrize("rows", [vectors(1)[0], vectors(3, 1024)])
+def test_a_tensor_by_itself(rows: Tensor, tmp_path: Path) -> None:
+    word, read = one(write(tmp_path / "toy.pt", rows))
+    assert word == "toy"
+    assert torch.equal(read, torch.atleast_2d(rows))
+    assert one(tmp_path / "toy.pt", placeholder="<toy>")[0] == "<toy>"
+
+
+# Pictures ---
+
+
+def as_json(content: dict) -> bytes:
+    def encode(value: object) -> object:
+        return {"TORCHTENSOR": value.tolist()} if isinstance(value, Tensor) else str(value)
+
+    return json.dumps(content, default=encode).encode()
+
+
+def numbers(count: int) -> list[int]:
+    """The pseudo-random numbers of the format, one by one as its definition says."""
+    x, out = 0, []
+    for _ in range(count):
+        x = (x * 1664525 + 1013904223) % 2**32
+        out.append(x % 255)
+    return out
+
+
+def test_pseudo_random_numbers() -> None:
+    """Of the format's own test: the first numbers, and the sum of the 100,000 that follow the first 100."""
+    expected = numbers(100_100)
+    assert expected[:12] == [253, 242, 127, 44, 157, 27, 239, 133, 38, 79, 167, 4]
+    assert sum(expected[100:]) == 12731374
+    assert embedding_files._mask(100_100).tolist() == [number & 15 for number in expected]
+
+
+def strips(image: np.ndarray, content: dict, border: int = 0) -> Image.Image:
+    """A picture with a word hidden at its sides; the stream is repeated to fill whole columns."""
+    stream = np.frombuffer(zlib.compress(as_json(content), 9), np.uint8)
+    h = len(image)
+    columns = -(-len(stream) // (h * 3)) + 1
+    stream = np.resize(stream, (h, columns, 3))
+    mask = np.array(numbers(stream.size)).astype(np.uint8).reshape(stream.shape) & 15
+    ornament = np.random.default_rng(0).integers(1, 16, stream.shape, dtype=np.uint8) << 4
+    low, high = ((half ^ mask) | ornament for half in (stream & 15, stream >> 4))
+    gap = np.zeros((h, 1, 3), np.uint8)
+    pixels = np.concatenate([low, gap, image, gap, high], axis=1)
+    return Image.fromarray(np.pad(pixels, ((border, border), (border, border), (0, 0))))
+
+
+def photo(h: int = 64, w: int = 48) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_picture_with_a_word_as_text(n: int, tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("sd-ti-embedding", base64.b64encode(as_json(a1111(vectors(n)))).decode())
+    Image.fromarray(photo()).save(tmp_path / "p.png", pnginfo=info)
+    concept = Concept.load(tmp_path / "p.png")
+    assert concept.placeholder == "toy-500"
+    assert torch.equal(concept.vectors, vectors(n))  # repr of a float32 as a double is exact
+    assert concept.metadata["step"] == "499"
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("border", [0, 5])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_picture_with_a_word_in_the_pixels(n: int, border: int, mode: str, tmp_path: Path) -> None:
+    strips(photo(), a1111(vectors(n)), border).convert(mode).save(tmp_path / "p.png")
+    concept = Concept.load(tmp_path / "p.png")
+    assert concept.placeholder == "toy-500"
+    assert torch.equal(concept.vectors, vectors(n))
+
+
+def test_pictures_without_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "p.png"
+    hidden = strips(photo(), a1111(vectors(1)))
+    resized = hidden.resize((hidden.width // 2, hidden.height // 2))
+    black = Image.new("RGB", (16, 16))
+    bars = photo()
+    bars[:, [10, 30]] = 0
+    for image in (Image.fromarray(photo()), resized, black, Image.fromarray(bars), Image.new("L", (1, 1), 9)):
+        image.save(path)
+        with pytest.raises(InputError, match=r"p\.png: no learned word in this picture"):
+            Concept.load(path)
+    for text in (
+        "###",
+        base64.b64encode(b"[1]").decode(),
+        base64.b64encode(b'{"TORCHTENSOR": "x"}').decode(),
+    ):
+        info = PngInfo()
+        info.add_text("sd-ti-embedding", text)
+        black.save(path, pnginfo=info)
+        with pytest.raises(InputError, match=r"p\.png: (no|is not a) learned word"):
+            Concept.load(path)
+    hidden.save(path)
+    content = path.read_bytes()
+    for part in (0.002, 0.3, 0.9):
+        path.write_bytes(content[: int(len(content) * part) + 8])
+        with pytest.raises(InputError, match=r"p\.png: truncated or damaged"):
+            Concept.load(path)
+
+
+def test_a_picture_that_unpacks_to_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strips(photo(), a1111(vectors(1))).save(tmp_path / "p.png")
+    monkeypatch.setattr(embedding_files, "MAX_JSON", 1000)
+    with pytest.raises(InputError, match="no learned word"):
+        Concept.load(tmp_path / "p.png")
+
+
+# What is refused ---
+
+
+class Call:
+    """Pickles as the call of a function."""
+
+    def __init__(self, function: object, *args: object) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> tuple:
+        return self.function, self.args
+
+
+class Disguised(nn.ParameterDict):
+    """A ParameterDict whose state is the call of a function."""
+
+    def __init__(self, payload: object) -> None:
+        self.payload = payload
+
+    def __reduce__(self) -> tuple:
+        return nn.ParameterDict, (), {"_parameters": {"*": self.payload}}
+
+
+@pytest.mark.parametrize("attack", ["os.system", "eval", "open", "Path.touch", "torch.load"])
+@pytest.mark.parametrize("where", ["beside", "value", "nested", "parameters", "bare"])
+def test_a_pickle_never_runs_code(attack: str, where: str, tmp_path: Path) -> None:
+    marker = tmp_path / "was-here"
+    payload = {
+        "os.system": Call(os.system, f"touch {marker}"),
+        "eval": Call(eval, f"open({str(marker)!r}, 'w')"),
+        "open": Call(open, str(marker), "w"),
+        "Path.touch": Call(Path.touch, marker),
+        "torch.load": Call(torch.load, str(marker)),
+    }[attack]
+    content = {
+        "beside": {"<toy>": vectors(1), "x": payload},
+        "value": {"<toy>": payload},
+        "nested": a1111(payload),
+        "parameters": {"string_to_param": Disguised(payload), "x": nn.ParameterDict({"*": vectors(1)})},
+        "bare": payload,
+    }[where]
+    torch.save(content, tmp_path / "evil.pt")
+    try:
+        assert torch.equal(Concept.load(tmp_path / "evil.pt").vectors, vectors(1))
+    except InputError as error:
+        assert "evil.pt" in str(error)
+    assert not marker.exists()
+    if attack != "torch.load":  # the attack does work, so that this test can fail
+        pickle.loads(pickle.dumps(payload))
+        assert marker.exists()
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        Concept.load_all(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@BOTH
+def test_whole_models(suffix: str, tmp_path: Path) -> None:
+    for module in (oracles.unet(), oracles.text_encoder(), oracles.vae()):
+        message = refused(write(tmp_path / f"model{suffix}", module.state_dict()))
+        assert re.search(r"is not a learned word: '[\w.]+' is .*, beside \d+ others", message)
+    lora = {"lora_down.a": vectors(4, 320), "lora_up.a": vectors(32, 4)}
+    assert "its 2 tensors have widths 4, 320" in refused(write(tmp_path / f"lora{suffix}", lora))
+    norm = {"ln.weight": vectors(1)[0], "ln.bias": vectors(1)[0]}
+    assert "is not a learned word" in refused(write(tmp_path / f"norm{suffix}", norm))
+    table = {"<toy>": torch.zeros(49408, 8)}
+    assert "(49408, 8)" in refused(write(tmp_path / f"table{suffix}", table))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"<a>": torch.full((1, 64), torch.nan)},
+        {"<a>": torch.tensor([[1.0, torch.inf]])},
+        {"<a>": torch.tensor([[1e300]], dtype=torch.float64)},  # infinite in float32
+        {"<a>": torch.ones(2, 3, 4)},
+        {"<a>": torch.ones(2, 64, dtype=torch.int64)},
+        {"<a>": torch.tensor(1.0)},
+        {"<a>": torch.empty(0, 64)},
+        {"<a>": torch.empty(64, 0)},
+        {"<a>": torch.ones(76, 64)},
+        {"<a>": torch.ones(1, 1).expand(1, 10**12)},  # four bytes in the file, terabytes once copied
+        {"<a>": torch.ones(2, 2).to_sparse()},
+        {"string_to_param": {"*": [1.0, 2.0]}},
+        {"string_to_param": {3: vectors(1)}},
+        {"string_to_param": {}},
+        {"string_to_param": vectors(1)},
+        {"emb_params": None},
+        {"emp_params_out": torch.ones(2, 3, 4)},
+        {"epoch": 3},
+        {3: vectors(1)},
+        {},
+        [vectors(1)],
+        "text",
+        None,
+    ],
+    ids=lambda content: str(content)[:30],
+)
+def test_files_that_hold_no_word(content: object, tmp_path: Path) -> None:
+    assert "is not a learned word" in refused(write(tmp_path / "e.pt", content))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
+@pytest.mark.parametrize("part", [0, 0.01, 0.4, 0.9, 0.999])
+def test_truncated_files(suffix: str, part: float, tmp_path: Path) -> None:
+    path = tmp_path / f"e{suffix}"
+    Concept("<toy>", vectors(2)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    assert "download it again" in refused(path)
+
+
+def test_files_that_are_something_else(tmp_path: Path) -> None:
+    assert "cannot be read (No such file" in refused(tmp_path / "nowhere.pt")
+    assert "cannot be read (Is a directory" in refused(tmp_path)
+    for content, message in (
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
+        (b"<!DOCTYPE html>", "web page"),
+        (b"\xff\xd8\xff\xe0 a photo", "neither safetensors nor"),
+    ):
+        (tmp_path / "e.pt").write_bytes(content)
+        assert message in refused(tmp_path / "e.pt")
+
+
+# What we write ---
+
+METADATA = {"step": "500", "init_word": "tüy", "base_model": "sd.safetensors", "seed": "0", "minti": "0.1"}
+KINDS = [("a.safetensors", None), ("a.bin", None), ("a.pt", None), ("a.safetensors", "a1111")]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize(("name", "format"), KINDS)
+def test_round_trip(name: str, format: str | None, n: int, tmp_path: Path) -> None:
+    concept = Concept("<Toy 1>", vectors(n), METADATA)
+    concept.save(tmp_path / "new" / name, format=format)
+    again = Concept.load(tmp_path / "new" / name)
+    by_name = format == "a1111" or name.endswith(".pt")
+    assert again.placeholder == ("a" if by_name else "<Toy 1>")
+    assert torch.equal(again.vectors, concept.vectors)
+    assert again.metadata == (
+        {} if name.endswith(".bin") else METADATA
+    )  # there is no room in diffusers' .bin
+    assert again.digest == concept.digest
+    assert os.listdir(tmp_path / "new") == [name]
+
+
+def test_files_as_any_other_reader_sees_them(tmp_path: Path) -> None:
+    toy = Concept("<toy>", vectors(2), METADATA)
+    for name, format in KINDS:
+        toy.save(tmp_path / f"{format}-{name}", format=format)
+    for content in (
+        load_file(tmp_path / "None-a.safetensors"),
+        torch.load(tmp_path / "None-a.bin", weights_only=True),
+    ):
+        assert list(content) == ["<toy>"]
+        assert torch.equal(content["<toy>"], vectors(2))
+    with safe_open(tmp_path / "None-a.safetensors", "pt") as file:
+        assert list(file.metadata()) == ["minti"]
+        assert list(json.loads(file.metadata()["minti"]).items()) == sorted(METADATA.items())
+    assert load_file(tmp_path / "a1111-a.safetensors").keys() == {"emb_params"}
+    content = torch.load(tmp_path / "None-a.pt", weights_only=True)
+    assert torch.equal(content.pop("string_to_param")["*"], vectors(2))
+    assert json.loads(content.pop("minti")) == METADATA
+    assert content == {
+        "string_to_token": {"*": 265},
+        "name": "<toy>",
+        "step": 500,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": "sd.safetensors",
+    }
+
+
+REPRODUCE = """
+import hashlib, sys, torch
+from pathlib import Path
+from minti.embedding_files import Entry, encode
+entry = Entry("<toy>", torch.arange(8.0).reshape(2, 4), {key: key * 2 for key in sys.argv[1]})
+other = Entry("<b>", torch.ones(1, 4), {"x": "y"})
+for name, format, entries in [
+    ("a.safetensors", None, [entry]), ("a.safetensors", None, [other, entry]), ("a.bin", None, [entry]),
+    ("a.pt", None, [entry]), ("a.safetensors", "a1111", [entry]),
+]:
+    print(hashlib.sha256(encode(Path(name), entries, format)).hexdigest())
+"""
+
+
+def test_the_same_words_give_the_same_bytes_in_every_process() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONHASHSEED"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", REPRODUCE, letters],
+            stdout=subprocess.PIPE,
+            env=environment,
+            cwd=Path(__file__).parents[1],
+        )
+        for letters in ("abcdefgh", "hgfedcba")
+    ]
+    first, second = (run.communicate()[0].decode().split() for run in runs)
+    assert len(set(first)) == 5
+    assert first == second
+
+
+def test_several_words_keep_their_own_notes(tmp_path: Path) -> None:
+    toy, cat = Concept("<toy>", vectors(2), METADATA), Concept("<cat>", vectors(1, seed=1), {"step": "7"})
+    sky = Concept("<sky>", vectors(3, seed=2))
+    save_concepts(tmp_path / "w.safetensors", [toy, cat, sky])
+    read = {concept.placeholder: concept for concept in Concept.load_all(tmp_path / "w.safetensors")}
+    assert read.keys() == {"<toy>", "<cat>", "<sky>"}
+    for concept in (toy, cat, sky):
+        assert torch.equal(read[concept.placeholder].vectors, concept.vectors)
+        assert read[concept.placeholder].metadata == concept.metadata
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "format", "message"),
+    [
+        (["<a>"], "a.ckpt", None, "diffusers format ends in .safetensors or .bin"),
+        (["<a>"], "a", None, "ends in"),
+        (["<a>"], "a.bin", "a1111", "a1111 format ends in .pt or .safetensors"),
+        (["<a>"], "a.pt", "diffusers", "ends in .safetensors or .bin"),
+        (["<a>"], "a.bin", "kohya", "choose from diffusers, a1111"),
+        (["<a>", "<b>"], "a.pt", None, "holds one word, not 2"),
+        (["<a>", "<a>"], "a.bin", None, "there twice"),
+        (["<a>", "<a>_1"], "a.bin", None, "'<a>_1' would be read as a vector of '<a>'"),
+        (["__metadata__"], "a.safetensors", None, "cannot be a word"),
+        (["clip_l"], "a.safetensors", None, "cannot be a word"),
+    ],
+)
+def test_words_that_cannot_be_written(
+    words: list, name: str, format: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(InputError, match=message):
+        save_concepts(tmp_path / name, [Concept(word, vectors(1)) for word in words], format=format)
+    assert (tmp_path / name).read_bytes() == b"old"
+    assert os.listdir(tmp_path) == [name]
+
+
+# diffusers as the judge ---
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    folder = oracles.save_folder(tmp_path_factory.mktemp("words") / "sd1")
+    pipe = oracles.pipeline(folder.parent)
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)  # words are going to be added
+    return pipe, minti.load(folder, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
+def test_diffusers_loads_what_we_write(models: tuple, n: int, suffix: str, tmp_path: Path) -> None:
+    """Tolerance: float32 rounding of three small layers, as for the text encoder alone."""
+    pipe, sd = models
+    word, path = f"<{suffix[1:]}{n}>", tmp_path / f"e{suffix}"
+    Concept(word, vectors(n, 64, seed=n), METADATA).save(path)
+    pipe.load_textual_inversion(tmp_path, weight_name=path.name)
+    sd.add_concept(Concept.load(path, placeholder=word))
+    text = f"a photo of {word} on the grass"
+    theirs, _ = pipe.encode_prompt(text, "cpu", 1, False)
+    ours = sd.encode_prompt([text])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    plain = sd.encode_prompt(["a photo of on the grass"])
+    assert (plain - ours).abs().max() > 0.1  # the word does count
+
+
+def test_the_same_picture_as_diffusers(models: tuple, tmp_path: Path) -> None:
+    """Up to the rounding of float32 and to 256 levels: one level at most, seldom."""
+    pipe, sd = models
+    Concept("<pic>", vectors(4, 64, seed=9)).save(tmp_path / "e.safetensors")
+    pipe.load_textual_inversion(tmp_path, weight_name="e.safetensors")
+    sd.add_concept(Concept.load(tmp_path / "e.safetensors"))
+    generator = torch.Generator().manual_seed(3)
+    how = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": generator}
+    theirs = pipe("a photo of <pic>", **how, output_type="np").images[0] * 255
+    (image,) = sd.sample("a photo of <pic>", steps=2, guidance_scale=5.0, seed=3)
+    assert np.abs(np.asarray(image, float) - theirs).max() <= 1
+    (other,) = sd.sample("a photo of", steps=2, guidance_scale=5.0, seed=3)
+    assert np.abs(np.asarray(other, float) - theirs).max() > 5
+
+
+# The command ---
+
+
+def run(*argv: object) -> None:
+    concept_cli.main([str(arg) for arg in argv])
+
+
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = Concept("<toy>", torch.tensor([[3.0, 4.0]]), METADATA | {"long": "x" * 1000, "lines": "a\nb"})
+    toy.save(tmp_path / "a.safetensors")
+    write(tmp_path / "xl.safetensors", {"clip_l": vectors(1), "clip_g": vectors(1, 1280)})
+    write(tmp_path / "b.pt", official(**{"*": vectors(2, 1024)}))
+    run("inspect", *(tmp_path / name for name in ("a.safetensors", "xl.safetensors", "b.pt")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'a.safetensors'}: diffusers"
+    assert lines[1] == f"  '<toy>': 1 vector for a 2-wide encoder, norm 5, hash {toy.digest}"
+    assert lines[2:7] == [
+        "    base_model: sd.safetensors",
+        "    init_word: tüy",
+        "    lines: a b",
+        "    long: " + "x" * 97 + "...",
+        "    minti: 0.1",
+    ]
+    assert "'xl': 1 vector for a 768-wide encoder (SD 1.x)" in lines[10]
+    assert "'xl': 1 vector for a 1280-wide encoder (LDM" in lines[11]
+    assert lines[12].endswith("b.pt: official Textual Inversion code")
+    assert "'*': 2 vectors for a 1024-wide encoder (SD 2.x)" in lines[13]
+    with pytest.raises(InputError, match="nowhere"):
+        run("inspect", tmp_path / "nowhere")
+
+
+def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "embeddings.pt", official(**{"*": vectors(2)}))
+    out = tmp_path / "toy.safetensors"
+    run("convert", source, out, "--placeholder", "<toy>")
+    assert load_file(out).keys() == {"<toy>"}
+    assert "'<toy>': 2 vectors" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"exists already.*--overwrite"):
+        run("convert", source, out)
+    assert load_file(out).keys() == {"<toy>"}
+    run("convert", source, out, "--format", "a1111", "--overwrite")
+    assert load_file(out).keys() == {"emb_params"}
+    with pytest.raises(InputError, match=r"'\*' was learned on a 768-wide .*, not on a 1024-wide"):
+        run("convert", source, tmp_path / "x.bin", "--width", 1024)
+    with pytest.raises(InputError, match="word is empty"):
+        run("convert", source, tmp_path / "x.bin", "--placeholder", " ")
+    xl = write(tmp_path / "xl.safetensors", {"clip_l": vectors(1), "clip_g": vectors(1, 1280)})
+    run("convert", xl, tmp_path / "l.bin", "--width", 768)
+    assert torch.equal(torch.load(tmp_path / "l.bin")["xl"], vectors(1))
+    assert not (tmp_path / "x.bin").exists()
+
+
+def test_merge(tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    words = ["<toy>", "<toy>", "<sky>", "<cat>"]
+    for i, (path, word) in enumerate(zip(files, words, strict=True)):
+        Concept(word, vectors(1 + i, seed=i), {"step": str(i)}).save(path)
+    out = tmp_path / "all.safetensors"
+    with pytest.raises(
+        InputError, match=r"1\.safetensors: '<toy>' is a word of .*0\.safetensors already; .*--re"
+    ):
+        run("merge", out, *files)
+    assert not out.exists()
+    run("merge", out, *files, "--rename", "<toy>=<a>", "--rename", "<toy>=<b>", "--rename", "<cat>=<dog>")
+    read = {concept.placeholder: concept for concept in Concept.load_all(out)}
+    assert read.keys() == {"<a>", "<b>", "<sky>", "<dog>"}
+    for i, word in enumerate(["<a>", "<b>", "<sky>", "<dog>"]):
+        assert torch.equal(read[word].vectors, vectors(1 + i, seed=i))
+        assert read[word].metadata == {"step": str(i)}
+    run("merge", tmp_path / "more.bin", out, files[0])  # of a file of several words
+    words = {concept.placeholder for concept in Concept.load_all(tmp_path / "more.bin")}
+    assert words == {"<a>", "<b>", "<sky>", "<dog>", "<toy>"}
+
+
+def test_merges_that_fail(tmp_path: Path) -> None:
+    a, b, out = tmp_path / "a.bin", tmp_path / "b.bin", tmp_path / "out.bin"
+    Concept("<toy>", vectors(1)).save(a)
+    Concept("<TOY>", vectors(1)).save(b)
+    with pytest.raises(InputError, match=r"'<TOY>' is a word of .*already"):  # prompts ignore the case
+        run("merge", out, a, b)
+    for pair in ("<toy>", "=<b>", "<toy>=", "<toy>= "):
+        with pytest.raises(InputError, match="write OLD=NEW"):
+            run("merge", out, a, "--rename", pair)
+    with pytest.raises(InputError, match="no such word is left; there are '<toy>'"):
+        run("merge", out, a, "--rename", "<dog>=<cat>")
+    Concept("<sky>", vectors(1, 1024)).save(b)
+    with pytest.raises(InputError, match=r"1024-wide encoder \(SD 2\.x\), .* 768-wide encoder \(SD 1\.x\)"):
+        run("merge", out, a, b)
+    with pytest.raises(InputError, match="exists already"):
+        run("merge", a, a)
+    Concept("<sky>", vectors(1)).save(b)
+    with pytest.raises(InputError, match="holds one word, not 2"):
+        run("merge", tmp_path / "out.pt", a, b)
+    assert not (tmp_path / "out.pt").exists()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["explode"], ["convert", "a"], ["inspect"], ["merge", "x.bin"]])
+def test_bad_arguments(argv: list[str]) -> None:
+    with pytest.raises(InputError):
+        concept_cli.main(argv)
+
+
+def test_the_command_itself(tmp_path: Path) -> None:
+    """Exit codes, and one line about what is wrong: not even a warning of Python besides."""
+    Concept("<toy>", vectors(1)).save(tmp_path / "a.bin")
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "minti.concept", "inspect", str(tmp_path / name)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        for name in ("a.bin", "b.bin")
+    ]
+    (out, err), (bad_out, bad_err) = (run.communicate() for run in runs)
+    assert [run.returncode for run in runs] == [0, 2]
+    assert "'<toy>': 1 vector for a 768-wide encoder (SD 1.x)" in out
+    assert err == bad_out == ""
+    reason = f"{tmp_path / 'b.bin'}: cannot be read (No such file or directory); check the path"
+    assert bad_err == f"minti.concept: error: {reason}\n"
+
+
+def test_digest_of_a_file_does_not_depend_on_its_format(tmp_path: Path) -> None:
+    for name, format in KINDS:
+        Concept("<toy>", vectors(2)).save(tmp_path / name, format=format)
+        expected = hashlib.sha256(vectors(2).numpy().tobytes()).hexdigest()[:12]
+        assert Concept.load(tmp_path / name).digest == expected
