@@ -97,11 +97,11 @@ def load_tokenizer(plan: Plan, path: str | Path | None = None) -> Tokenizer:
     for candidate in candidates:
         if candidate.is_file() or any((candidate / n).is_file() for n in ("vocab.json", "tokenizer.json")):
             tokenizer = Tokenizer.load(candidate, pad=plan.pad)
-            rows = plan.parts["text_encoder"].module.config.vocab_size
-            if len(tokenizer) > rows:
+            text = plan.parts["text_encoder"].module.config
+            if len(tokenizer) > text.vocab_size:
                 raise InputError(
-                    f"{candidate}: has {len(tokenizer)} ids, the text encoder of {plan.path} knows {rows}; "
-                    "give the tokenizer that belongs to it with --tokenizer"
+                    f"{candidate}: has {len(tokenizer)} ids, the text encoder of {plan.path} knows "
+                    f"{text.vocab_size}; give the tokenizer that belongs to it with --tokenizer"
                 )
             return tokenizer
     if path:

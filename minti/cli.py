@@ -249,8 +249,13 @@ def run(command: str, main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"\n{command}: interrupted; what was finished is kept", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        _fail(command, "out of memory on the device; try --batch-size 1, --dtype float16 or a smaller --size")
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(
+            error
+        )
+        if not full:
+            raise
+        _fail(command, "out of memory; try --batch-size 1, --dtype float16 or a smaller --size")
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
         _fail(command, f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}")

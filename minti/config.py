@@ -69,6 +69,17 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return 1 + max((int(m[1]) for key in shapes if (m := re.match(pattern, key))), default=-1)
 
 
+def _check_transformer(config: TextConfig | VisionConfig) -> None:
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        value = getattr(config, key)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"CLIP's {key} = {value!r} should be a positive integer")
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"CLIP's hidden_size = {config.hidden_size} should be a multiple of num_attention_heads"
+        )
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """The CLIP text encoder. Defaults: ViT-L/14 as in SD 1.x."""
@@ -83,6 +94,9 @@ class TextConfig:
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
     projection_dim: int | None = None  # None: the encoder ends without text_projection, as in SD 1.x and 2.x
+
+    def __post_init__(self) -> None:
+        _check_transformer(self)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], source: str) -> TextConfig:
@@ -155,6 +169,9 @@ class VisionConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 512
+
+    def __post_init__(self) -> None:
+        _check_transformer(self)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], source: str) -> VisionConfig:

@@ -52,10 +52,10 @@ def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1
     if kind not in ("word", "output"):
         raise InputError(f"init {kind!r}: choose from word, output, random, file")
     ids = sd.tokenizer.encode(word)
-    if not 1 <= len(ids) <= 75:
-        raise InputError(
-            f"init word {word[:60]!r} has {len(ids)} tokens; give a short description such as toy"
-        )
+    if not ids:
+        raise InputError(f"init word {word!r} is empty; give a coarse description such as toy")
+    if len(ids) > 75:
+        raise InputError(f"init word {word[:60]!r} has {len(ids)} tokens; give a shorter description")
     if kind == "word":
         vectors = table[torch.tensor(ids, device=table.device)]
     else:
@@ -110,6 +110,9 @@ class Inversion:
         self._all_ids = [sd.tokenizer.placeholders[clean(word.placeholder)] for word in self.words]
         self._ids_of: dict[str, Tensor] = {}
         self._extra = sd.inpainting_channels(self.words[0].latents.mean[:1])
+        for word in self.words:
+            for template in (*word.templates, *filter(None, word.captions)):
+                self._encode(template.replace("{}", word.placeholder))  # complains now rather than later
         self._use_vectors()
 
     def _add_photo_words(self, word: Word) -> list[torch.nn.Parameter]:

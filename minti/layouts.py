@@ -35,7 +35,7 @@ from .keymap import (
     unet_blocks,
     vae_blocks,
 )
-from .tokenizer import END
+from .tokenizer import END, PROMPT_LENGTH
 from .unet import UNet
 from .vae import VAE
 from .weightfile import WeightFile
@@ -118,6 +118,9 @@ class Plan:
     def problems(self) -> list[str]:
         """Everything that keeps it from being loaded, one line each; empty if all is well."""
         found = [f"{name}: {problem}" for name, part in self.parts.items() for problem in part.problems()]
+        positions = self.parts["text_encoder"].module.config.max_position_embeddings
+        if positions < PROMPT_LENGTH:
+            found.append(f"text_encoder: has {positions} positions, prompts are {PROMPT_LENGTH} tokens long")
         channels = self.parts["unet"].module.config.in_channels
         latent = self.parts["vae"].module.config.latent_channels
         if channels not in (latent, 2 * latent + 1):
@@ -139,7 +142,9 @@ def plan_folder(path: Path, variant: str | None) -> Plan:
     """Plan for a folder, also of huggingface_hub's cache; `variant` as in `model.fp16.safetensors`."""
     if (path / "snapshots").is_dir():  # the cache of huggingface_hub: the checkpoint is two levels below
         snapshots = sorted((path / "snapshots").iterdir(), key=lambda p: p.stat().st_mtime)
-        path = snapshots[-1] if snapshots else path
+        main = path / "refs" / "main"
+        current = path / "snapshots" / (main.read_text().strip() if main.is_file() else "-")
+        path = current if current.is_dir() else snapshots[-1] if snapshots else path
     index = path / "model_index.json"
     kind = read_json(index).get("_class_name", "") if index.is_file() else ""
     if "XL" in kind or (not kind and (path / "text_encoder_2").is_dir()):
@@ -185,8 +190,8 @@ def _explained(source: Path) -> Iterator[None]:
     """Numbers that make no model (text, negative widths, ...) fail in many ways. Say where they came from."""
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
     except KeyError as error:
         raise InputError(f"{source}: is not a whole Stable Diffusion model (no {error.args[0]})") from None
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:

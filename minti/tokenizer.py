@@ -29,6 +29,7 @@ from .config import InputError, read_json
 log = logging.getLogger(__name__)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+PROMPT_LENGTH = 77  # tokens, with start and end
 PATTERN = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
@@ -72,7 +73,7 @@ class Tokenizer:
         vocab: dict[str, int],
         merges: Sequence[tuple[str, str]],
         pad: str = END,
-        max_length: int = 77,
+        max_length: int = PROMPT_LENGTH,
         source: str = "tokenizer",
     ) -> None:
         for symbol in (START, END, pad):

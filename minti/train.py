@@ -173,7 +173,8 @@ def check_out(out: Path, args: argparse.Namespace) -> bool:
                 change = f"{key} was {before.get(key)!r}, now it is {now.get(key)!r}"
                 raise InputError(f"{saved}: {change}; a run can only be resumed as it was")
         return True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # A run that was killed while it wrote its very first file leaves a hidden one.
+    if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         if not args.overwrite:
             raise InputError(f"{out}: exists already; give another --out, or --resume, or --overwrite")
         if not saved.exists():
@@ -187,7 +188,8 @@ def start_out(out: Path, args: argparse.Namespace) -> None:
     words = (cli.read_yaml(saved).get("concepts") or []) if saved.exists() else []
     for folder in [out, *(out / word["name"] for word in words)]:
         for name in WRITTEN:
-            (folder / name).unlink(missing_ok=True)
+            for path in [folder / name, *folder.glob(f".{name}.*")]:
+                path.unlink(missing_ok=True)
         for name in ("embeds", "samples"):
             shutil.rmtree(folder / name, ignore_errors=True)
     write_atomically(out / "config.yaml", cli.to_yaml(args))

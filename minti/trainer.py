@@ -93,6 +93,11 @@ class Trainer:
             world=world,
         )
         self.state_path = Path(args.out) / "state.safetensors"
+        for template in args.sample_prompt:
+            if "{}" not in template:
+                raise InputError(f"--sample-prompt {template!r}: needs {{}} where the word goes")
+        for run in runs:
+            sd.tokenizer(self._sample_prompts(run.word))  # complains now rather than later
 
     def resume(self) -> None:
         """Go on from `state.safetensors`, if it is there."""
@@ -104,9 +109,7 @@ class Trainer:
             raise InputError(f"{self.state_path}: is damaged ({error}); remove it to start again") from None
         self.inversion.load_state_dict(state)
         for i, run in enumerate(self.runs):
-            run.rows = [
-                row for row in read_log(run.folder / "log.csv") if row["step"] <= self.inversion.step_count
-            ]
+            run.rows = read_log(run.folder / "log.csv", self.inversion.step_count)
             if f"best.{i}" in state:
                 run.best, run.best_loss = state[f"best.{i}"], state[f"best_loss.{i}"].item()
                 run.best_step = int(state[f"best_step.{i}"])
@@ -183,11 +186,14 @@ class Trainer:
         if self.rank:
             return
         for run in self.runs:
-            templates = self.args.sample_prompt or ["a photo of {}"]
-            prompts = [t.replace("{}", run.word.placeholder) for t in templates]
+            prompts = self._sample_prompts(run.word)
             images = self.sd.sample(prompts, steps=self.args.sample_steps, num_images=4, size=self.args.size)
             path = run.folder / "samples" / f"step-{self.inversion.step_count:06d}.png"
             write_atomically(path, encode_png(image_grid(images, 4), {"prompts": json.dumps(prompts)}))
+
+    def _sample_prompts(self, word: Word) -> list[str]:
+        templates = self.args.sample_prompt or ["a photo of {}"]
+        return [template.replace("{}", word.placeholder) for template in templates]
 
     def save(self, *, resumable: bool = True) -> None:
         """Write words, logs and, last, the state from which `resume` continues."""
@@ -228,11 +234,17 @@ class Trainer:
         ]
 
 
-def read_log(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a log.csv."""
-    with path.open(newline="") as file:
-        rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
-    return [row | {"step": int(row["step"])} for row in rows]
+def read_log(path: Path, steps: int) -> list[dict[str, float | None]]:
+    """The rows of the first `steps` steps in a log.csv. Raises InputError unless they are all there."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = [row | {"step": int(row["step"])} for row in rows[:steps]]
+    except (ValueError, KeyError, TypeError, csv.Error):
+        rows = []
+    if [row["step"] for row in rows] != [*range(1, steps + 1)]:
+        raise InputError(f"{path}: is damaged; to learn the word again, --overwrite")
+    return rows
 
 
 def log_csv(rows: Sequence[dict[str, float | None]]) -> bytes:

@@ -135,10 +135,10 @@ def test_rows_are_frozen(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("width", "message"),
     [
-        (768, r"'<toy>' was learned on a 768-wide encoder \(SD 1\.x\), this checkpoint has a 64-wide encoder"),
+        (768, r"'<toy>' was learned on a 768-wide encoder \(SD 1\.x\).* 64"),
         (1024, r"a 1024-wide encoder \(SD 2\.x\)"),
-        (1280, r"a 1280-wide encoder \(LDM\)"),
-        (63, r"a 63-wide encoder, this checkpoint has a 64-wide encoder; use the model it was learned on"),
+        (1280, r"a 1280-wide encoder \(LDM"),
+        (63, r"a 63-wide encoder.* 64.*use the model it was learned on"),
     ],
 )
 def test_a_word_of_another_width(width: int, message: str, folder: Path) -> None:

@@ -1,0 +1,239 @@
+"""`python -m minti.sample`: the files it writes, and that they tell how to make them again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import minti
+from minti import Concept, InputError
+from minti.sample import Job, main, plan_jobs
+
+from .oracles import save_folder
+
+ROOT = Path(minti.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("sample") / "sd1")
+
+
+@pytest.fixture
+def word(tmp_path: Path) -> Path:
+    vectors = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    Concept("<toy>", vectors).save(tmp_path / "word.safetensors")
+    return tmp_path / "word.safetensors"
+
+
+def sample(folder: Path, out: Path, *argv: str) -> Path:
+    main(["--checkpoint", str(folder), "--out", str(out), "--steps", "2", "--device", "cpu", *argv])
+    return out
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir())
+
+
+def test_pictures_grid_and_config(folder: Path, tmp_path: Path) -> None:
+    argv = ["--prompt", "A photo of the Cat!", "--prompt", "dog", "--num-images", "2", "--seed", "5"]
+    out = sample(folder, tmp_path / "new" / "out", *argv)
+    pictures = ["a-photo-of-the-cat-5.png", "a-photo-of-the-cat-6.png", "dog-5.png", "dog-6.png"]
+    assert names(out) == sorted([*pictures, "grid.png", "config.yaml"])
+    sd = minti.load(folder, device="cpu")
+    images = sd.sample(["A photo of the Cat!", "dog"], steps=2, seed=5, num_images=2)
+    for name, image in zip(pictures, images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(out / name)), np.asarray(image))
+        assert image.size == (64, 64)
+    grid = np.asarray(Image.open(out / "grid.png"))
+    rows = [np.concatenate([np.asarray(i) for i in images[r : r + 2]], axis=1) for r in (0, 2)]
+    assert np.array_equal(grid, np.concatenate(rows))
+    for path in out.iterdir():
+        assert path.stat().st_mode & 0o444 == 0o444  # not the private mode of temporary files
+
+
+def test_the_pictures_do_not_depend_on_the_batch(folder: Path, tmp_path: Path) -> None:
+    """One by one or together: the same picture, up to rounding of a different order of sums."""
+    argv = ["--prompt", "cat", "--num-images", "3"]
+    one = sample(folder, tmp_path / "one", *argv, "--batch-size", "1")
+    all_ = sample(folder, tmp_path / "all", *argv, "--batch-size", "3")
+    for i in range(3):
+        a, b = (np.asarray(Image.open(out / f"cat-{i}.png")).astype(int) for out in (one, all_))
+        assert np.abs(a - b).max() <= 1
+
+
+def test_png_metadata(folder: Path, word: Path, tmp_path: Path) -> None:
+    argv = ["--prompt", "a <toy> — 猫 & “dog”", "--negative-prompt", "blurry", "--concept", str(word)]
+    argv += ["--num-images", "1", "--seed", "7", "--guidance-scale", "3", "--eta", "0.5", "--size", "64x32"]
+    out = sample(folder, tmp_path / "out", *argv)
+    (path,) = [p for p in out.glob("*.png") if p.name != "grid.png"]
+    assert path.name == "a-toy-猫-dog-7.png"
+    text = Image.open(path).text
+    assert text["prompt"] == "a <toy> — 猫 & “dog”"
+    assert text["seed"] == "7"
+    assert text["software"] == f"minti {minti.__version__}"
+    settings = json.loads(text["settings"])
+    expected = {"steps": 2, "guidance_scale": 3.0, "eta": 0.5, "width": 64, "height": 32}
+    assert expected | {"negative_prompt": "blurry", "checkpoint": str(folder)} == {
+        key: settings[key] for key in (*expected, "negative_prompt", "checkpoint")
+    }
+    assert json.loads(text["concepts"]) == {"<toy>": Concept.load(word).digest}
+
+
+def test_a_picture_can_be_made_again_from_its_metadata(folder: Path, tmp_path: Path) -> None:
+    out = sample(folder, tmp_path / "out", "--prompt", "the cat", "--num-images", "2", "--eta", "1")
+    image = Image.open(out / "the-cat-1.png")
+    settings = json.loads(image.text["settings"])
+    sd = minti.load(settings["checkpoint"], device="cpu")
+    (again,) = sd.sample(
+        image.text["prompt"],
+        seed=int(image.text["seed"]),
+        size=(settings["width"], settings["height"]),
+        **{key: settings[key] for key in ("steps", "guidance_scale", "eta", "negative_prompt")},
+    )
+    difference = np.asarray(again).astype(int) - np.asarray(image).astype(int)
+    assert np.abs(difference).max() <= 1  # made alone here, in a batch of two there
+
+
+def test_config_yaml_makes_the_same_bytes(folder: Path, word: Path, tmp_path: Path) -> None:
+    argv = ["--prompt", "a <toy>: yes, 'no' # \"cat\"", "--prompt", "-- on", "--concept", f"<pet>={word}"]
+    argv += ["--concept", str(word), "--num-images", "2", "--seed", "3", "--size", "32x64"]
+    argv += ["--negative-prompt", "off", "--guidance-scale", "2.5", "--eta", "0.25"]
+    first = sample(folder, tmp_path / "first", *argv)
+    config = yaml.safe_load((first / "config.yaml").read_text(encoding="utf-8"))
+    assert config["prompt"] == ["a <toy>: yes, 'no' # \"cat\"", "-- on"]
+    assert config["size"] == "32x64"
+    assert (config["steps"], config["seed"], config["eta"]) == (2, 3, 0.25)
+    assert config["device"] == "cpu"
+
+    second = tmp_path / "second"
+    main(["--config", str(first / "config.yaml"), "--out", str(second)])
+    assert names(first) == names(second)
+    for name in names(first):
+        if name != "config.yaml":
+            assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    again = yaml.safe_load((second / "config.yaml").read_text(encoding="utf-8"))
+    assert again == config | {"out": str(second)}
+
+
+def test_flags_go_before_the_config(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"checkpoint: {folder}\nprompt: [cat, dog]\nnum_images: 1\nsteps: 1\nseed: 4\n")
+    main(["--config", str(config), "--out", str(tmp_path / "a")])
+    assert {"cat-4.png", "dog-4.png"} < set(names(tmp_path / "a"))
+    main(["--config", str(config), "--set", "seed=5", "--prompt", "toy", "--out", str(tmp_path / "b")])
+    assert "toy-5.png" in names(tmp_path / "b")
+    assert "cat-5.png" not in names(tmp_path / "b")
+
+
+def test_a_renamed_word_gives_the_same_picture(folder: Path, word: Path, tmp_path: Path) -> None:
+    a = sample(folder, tmp_path / "a", "--concept", str(word), "--prompt", "red <toy>", "--num-images", "1")
+    argv = ["--concept", f"<thing>={word}", "--prompt", "red <thing>", "--num-images", "1"]
+    b = sample(folder, tmp_path / "b", *argv)
+    c = sample(folder, tmp_path / "c", "--prompt", "red <toy>", "--num-images", "1")
+    pixels = [Image.open(next(out.glob("red-*.png"))).tobytes() for out in (a, b, c)]
+    assert pixels[0] == pixels[1]
+    assert pixels[0] != pixels[2]
+
+
+def test_file_names() -> None:
+    def paths(*prompts: str, n: int = 1) -> list[str]:
+        return [job.path.name for job in plan_jobs(prompts, 3, n, Path("out"))]
+
+    assert paths("A photo, of: <toy>!", n=2) == ["a-photo-of-toy-3.png", "a-photo-of-toy-4.png"]
+    assert paths("cat", "Cat", "CAT!") == ["cat-3.png", "cat-no2-3.png", "cat-no3-3.png"]
+    assert paths("", "...", "../../etc/passwd") == ["picture-3.png", "picture-no2-3.png", "etc-passwd-3.png"]
+    for prompt in ("x" * 300, "猫" * 300, "\N{MATHEMATICAL BOLD SCRIPT CAPITAL A}" * 300, "a " * 300):
+        (name,) = paths(prompt)
+        assert len(name.encode()) <= 230
+    assert plan_jobs(["a"], 0, 1, Path("o")) == [Job("a", 0, Path("o/a-0.png"))]
+
+
+def test_no_two_pictures_share_a_file() -> None:
+    prompts = ["a", "A", "a no2", "a-no2", "a!", "", " ", "a-0", "a 0"]
+    jobs = plan_jobs(prompts, 0, 3, Path("out"))
+    assert len({job.path for job in jobs}) == len(jobs) == 27
+
+
+def test_existing_pictures_are_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    out = sample(folder, tmp_path / "out", "--prompt", "cat", "--num-images", "2")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for argv in (["--num-images", "1"], ["--num-images", "3"], ["--seed", "1", "--num-images", "2"]):
+        with pytest.raises(InputError, match=r"cat-\d\.png: exists already; .*--overwrite"):
+            sample(folder, out, "--prompt", "cat", *argv)
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+    sample(folder, out, "--prompt", "cat", "--num-images", "2", "--overwrite", "--guidance-scale", "1")
+    assert {p.name for p in out.iterdir()} == {p.name for p in before}
+    assert all(path.read_bytes() != content for path, content in before.items())
+
+
+def test_a_size_that_was_not_trained_is_mentioned(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        sample(folder, tmp_path / "a", "--prompt", "cat", "--num-images", "1")
+        assert "trained on" not in caplog.text
+        sample(folder, tmp_path / "b", "--prompt", "cat", "--num-images", "1", "--size", "96x64")
+    assert "96x64 pixels: the model was trained on 64, expect repetitions" in caplog.text
+
+
+def test_a_prompt_of_500_words_is_cut_with_a_warning_that_quotes_it(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = " ".join(["the"] * 75 + ["cat", "on", "grass"] + ["dog"] * 422)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = sample(folder, tmp_path / "out", "--prompt", prompt, "--num-images", "1")
+    said = caplog.text + "".join(str(w.message) for w in caught)
+    assert "75 tokens at most" in said
+    assert "cut off: 'cat on grass dog dog" in said
+    (path,) = out.glob("the-the-*.png")
+    assert Image.open(path).text["prompt"] == prompt
+    short = sample(folder, tmp_path / "short", "--prompt", " ".join(["the"] * 75), "--num-images", "1")
+    (other,) = short.glob("the-the-*.png")
+    assert Image.open(other).tobytes() == Image.open(path).tobytes()
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    """As a user runs it: exit code, progress with the time left, and where the pictures are."""
+    command = [sys.executable, "-m", "minti.sample", "--checkpoint", str(folder), "--prompt", "a cat"]
+    command += ["--out", str(tmp_path / "out"), "--steps", "2", "--num-images", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert re.fullmatch(r"2/2 steps, [\d.]+/s, 0:00 left", lines[0])
+    assert re.fullmatch(r"1 pictures? in .*/out \([\d.]+ s\), together in grid\.png", lines[1])
+    assert len(lines) == 2
+    assert names(tmp_path / "out") == ["a-cat-0.png", "config.yaml", "grid.png"]
+
+
+def test_help(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for option in (
+        "--checkpoint",
+        "--concept",
+        "--prompt",
+        "--negative-prompt",
+        "--steps",
+        "--guidance-scale",
+    ):
+        assert option in text
+    for option in ("--eta", "--num-images", "--size", "--seed", "--out", "--config", "--set", "--tokenizer"):
+        assert option in text
+    assert "(default: 50)" in text
+    assert "(default: 7.5)" in text
