@@ -1,0 +1,477 @@
+"""A training run that is killed, interrupted or out of space loses nothing and ends as if nothing were."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from minti import Concept, InputError, cli, train
+from minti.files import write_atomically
+
+from .oracles import save_folder
+from .processes import ENVIRONMENT, ROOT, Server
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model, and photos."""
+    base = tmp_path_factory.mktemp("durable")
+    save_folder(base / "model", "small")
+    for name, seed in (("photos", 0), ("others", 1)):
+        (base / name).mkdir()
+        for i in range(2):
+            pixels = np.random.default_rng([seed, i]).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(base / name / f"{i}.png")
+    return base
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """Training in this very process takes over Ctrl-C; give it back."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def arguments(base: Path, out: Path, *more: str, steps: int = STEPS) -> list[str]:
+    argv = ["--checkpoint", base / "model", "--images", base / "photos", "--placeholder", "<toy>"]
+    argv += ["--init-word", "red toy", "--num-vectors", 2, "--out", out, "--device", "cpu"]
+    argv += ["--steps", steps, "--batch-size", 2, "--save-every", 5, "--eval-every", 3, "--eval-size", 2]
+    argv += ["--sample-every", 8, "--sample-steps", 1, "--keep", "best"]
+    return [*map(str, argv), *more]
+
+
+def results(out: Path) -> dict[str, bytes | list]:
+    """Every file a run leaves, with log.csv without its column of seconds.
+
+    Without the report and config.yaml, which say how long it took and where it is.
+    """
+    files = {k: v for k, v in snapshot(out).items() if Path(k).name not in ("report.html", "config.yaml")}
+    for name in [name for name in files if Path(name).name == "log.csv"]:
+        files[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(out / name)]
+    return files
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """All files, apart from hidden ones: what was being written when the process was killed."""
+    files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_results(out: Path, expected: Path) -> None:
+    """Those of an interrupted run may have one more copy for each interruption."""
+    found, wanted = results(out), results(expected)
+    extra = {name for name in found if name.startswith("embeds/")} - wanted.keys()
+    assert found.keys() - extra == wanted.keys()
+    for name, content in wanted.items():
+        assert found[name] == content, name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base: Path, server: Server) -> Path:
+    out = base / "uninterrupted"
+    assert server.run(arguments(base, out), base / "stderr") == 0
+    assert {p.name for p in (out / "embeds").iterdir()} == {
+        f"step-{step:06d}.safetensors" for step in (5, 10, 15, 20, 24)
+    }
+    assert len(rows(out / "log.csv")) == STEPS
+    return out
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# kill -9
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments(base: Path, server: Server, uninterrupted: Path, tmp_path: Path) -> None:
+    """Eight times, wherever it happens to be, then left alone: not a bit is different.
+
+    Where a run comes to its end between two kills, another one is begun.
+    """
+    out, stderr, rng = tmp_path / "run", tmp_path / "stderr", random.Random(0)
+    duration = sum(float(row["seconds"]) for row in rows(uninterrupted / "log.csv"))
+    kills = 0
+    while kills < 8:
+        stderr.write_text("")
+        pid = server.start(arguments(base, out, "--resume"), stderr)
+        wait_for(lambda: "memory: " in stderr.read_text())  # said before the first step
+        time.sleep(rng.uniform(0, duration))
+        os.kill(pid, signal.SIGKILL)
+        code = server.wait()
+        assert code in (0, -signal.SIGKILL), stderr.read_text()
+        if (out / "state.safetensors").exists():
+            assert len(rows(out / "log.csv")) % 5 in (0, STEPS % 5)  # never half a file
+            Concept.load(out / "learned_embeds.safetensors")
+        kills += code != 0
+        if code == 0:
+            assert_same_results(out, uninterrupted)
+            out = tmp_path / f"run-{kills}"
+    assert server.run(arguments(base, out, "--resume"), stderr) == 0, stderr.read_text()
+    assert_same_results(out, uninterrupted)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_while_writing(
+    after: bool, base: Path, server: Server, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Before or after each kind of file gets its name, again and again in the same run."""
+    out, stderr = tmp_path / "run", tmp_path / "stderr"
+    crashes = 0
+    # The files are written in the order config, inputs, (embeds, learned, log, state, ...).
+    for count in (1, 2, 3, 5, 4, 6) if after else (1, 2, 3, 4, 5, 6, 8, 3):
+        code = server.run(arguments(base, out, "--resume"), stderr, crash=-count if after else count)
+        assert code in (0, -signal.SIGKILL), stderr.read_text()
+        crashes += code != 0
+    assert crashes >= 5
+    assert server.run(arguments(base, out, "--resume"), stderr) == 0, stderr.read_text()
+    assert_same_results(out, uninterrupted)
+
+
+# Ctrl-C and SIGTERM
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(
+    number: signal.Signals, base: Path, server: Server, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out, stderr = tmp_path / "run", tmp_path / "stderr"
+    pid = server.start(arguments(base, out), stderr)
+    wait_for((out / "embeds" / "step-000005.safetensors").exists)
+    os.kill(pid, number)
+    assert server.wait() == 130
+    said = stderr.read_text()
+    assert said.strip().splitlines()[-1] == "minti.train: interrupted; what was finished is kept"
+    assert "Traceback" not in said
+    done = len(rows(out / "log.csv"))
+    assert 5 <= done < STEPS
+    assert (out / "embeds" / f"step-{done:06d}.safetensors").exists()  # saved where it was, not at step 5
+    assert (out / "report.html").exists()
+    assert server.run(arguments(base, out, "--resume"), stderr) == 0
+    assert f"resumed after step {done}" in stderr.read_text()
+    assert_same_results(out, uninterrupted)
+
+
+def test_the_command_is_interrupted(base: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """The real thing, once: `python -m minti.train`, Ctrl-C, and --resume with nothing but --out."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "minti.train"]
+    process = subprocess.Popen(
+        [*command, *arguments(base, out)], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    wait_for((out / "state.safetensors").exists)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "what was finished is kept" in said
+    result = subprocess.run(
+        [*command, "--resume", "--out", str(out)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert_same_results(out, uninterrupted)
+
+
+# Going on
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor an estimate of memory: both take longer than a short run."""
+    monkeypatch.setattr(train, "write_report", lambda *_: None)
+    monkeypatch.setattr(train, "training_memory", lambda *_: (0, 0))
+
+
+@pytest.fixture
+def run_to(base: Path, tmp_path: Path, no_report: None) -> Callable[..., Path]:
+    """A short run in this process."""
+
+    def run_to(*more: str, steps: int = 4, out: Path | None = None) -> Path:
+        out = out or tmp_path / "run"
+        train.main(arguments(base, out, "--sample-every", "0", *more, steps=steps))
+        return out
+
+    return run_to
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, server: Server) -> Path:
+    out = base / "finished"
+    assert server.run(arguments(base, out, "--sample-every", "0", steps=4), base / "stderr") == 0
+    return out
+
+
+@pytest.fixture
+def done(finished: Path, tmp_path: Path) -> Path:
+    """The folder of a short run that is finished, to play with; `run_to` works in the same."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_resume_without_a_run_starts_one(run_to: Callable, tmp_path: Path) -> None:
+    assert_same_results(run_to("--resume"), run_to(out=tmp_path / "other"))
+
+
+def test_resume_of_a_finished_run_changes_nothing(run_to: Callable, done: Path) -> None:
+    before = results(done)
+    run_to("--resume")
+    assert results(done) == before
+
+
+def test_resume_of_a_run_that_was_moved(run_to: Callable, tmp_path: Path) -> None:
+    out = run_to()
+    out.rename(tmp_path / "moved")
+    run_to("--resume", out=tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--lr", "0.1"], "lr was 0.005, now it is 0.1"),
+        (["--steps", "9"], "steps was 4, now it is 9"),
+        (["--seed", "1"], "seed was 0, now it is 1"),
+        (["--images", "OTHERS"], "images was"),
+        (["--placeholder", "<b>"], "placeholder was '<toy>', now it is '<b>'"),
+        (["--no-flip"], "flip was True, now it is False"),
+        (["--max-norm", "2"], "max_norm was None, now it is 2.0"),
+        (["--progressive", "2"], "progressive was [], now it is [2]"),
+        (["--dtype", "bfloat16"], "dtype was 'auto', now it is 'bfloat16'"),
+        (["--set", "keep=last"], "keep was 'best', now it is 'last'"),
+    ],
+)
+def test_resume_as_another_run(
+    change: list[str], message: str, run_to: Callable, done: Path, base: Path
+) -> None:
+    before = snapshot(done)
+    change = [str(base / "others") if word == "OTHERS" else word for word in change]
+    if change[0] == "--set":  # which flags go before
+        argv = ["--out", str(done), "--resume", *change]
+        with pytest.raises(InputError) as error:
+            train.main(argv)
+    else:
+        with pytest.raises(InputError) as error:
+            run_to("--resume", *change)
+    assert f"{done / 'config.yaml'}: {message}" in str(error.value)
+    assert "a run can only be resumed as it was" in str(error.value)
+    assert snapshot(done) == before
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "config.yaml", "log.csv"])
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "gone"])
+def test_resume_of_a_damaged_run(
+    name: str, damage: str, run_to: Callable, done: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One line that names the file, no traceback; or it starts again, where there is nothing to resume."""
+    path = done / name
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"garbage": b"\x93[garbage", "truncated": content[:60], "empty": b""}[damage])
+    before = snapshot(done)
+    capsys.readouterr()
+
+    def again(argv: None) -> None:
+        run_to("--resume")
+
+    with pytest.raises(SystemExit) as status:
+        cli.run("minti.train", again)
+    said = capsys.readouterr().err
+    if (name, damage) == ("state.safetensors", "gone"):
+        assert status.value.code == 0  # killed before it saved anything
+    else:
+        assert status.value.code == 2, said
+        assert len(said.strip().splitlines()) == 1
+        assert str(done) in said
+        assert snapshot(done) == before
+
+
+# What is there already
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_run_is_refused(run_to: Callable, done: Path) -> None:
+    before = snapshot(done)
+    with pytest.raises(InputError, match="exists already; give another --out, or --resume, or --overwrite"):
+        run_to()
+    assert snapshot(done) == before
+
+
+def test_an_empty_folder_will_do(run_to: Callable, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run_to()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite", "--flip"])
+def test_what_is_no_run_is_refused(kind: str, flag: str, run_to: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    if kind == "folder":
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+    else:
+        out.write_text("years of work")
+    message = "is not a run of minti" if flag == "--overwrite" else "exists already"
+    with pytest.raises(InputError, match=message) as error:
+        run_to(flag)
+    assert str(out) in str(error.value)
+    assert (out if kind == "file" else out / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite(run_to: Callable, tmp_path: Path) -> None:
+    """The files of the run before are replaced, also those that the new one does not write."""
+    run_to("--seed", "1", "--save-every", "1", steps=6)
+    run_to("--overwrite")
+    assert_same_results(tmp_path / "run", run_to(out=tmp_path / "fresh"))
+    assert len(list((tmp_path / "run" / "embeds").iterdir())) == 1
+
+
+def test_overwrite_spares_what_is_not_of_the_run(run_to: Callable, base: Path, tmp_path: Path) -> None:
+    out = run_to()
+    (out / "notes.txt").write_text("mine")
+    (out / "pictures").mkdir()
+    (out / "pictures" / "inputs.png").write_text("mine too")
+    run_to(out=out / "another")
+    before = snapshot(out / "another")
+    run_to("--overwrite", "--seed", "1")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "pictures" / "inputs.png").read_text() == "mine too"
+    assert snapshot(out / "another") == before
+
+
+def concepts(base: Path, tmp_path: Path, *names: str) -> Path:
+    config = tmp_path / "config.yaml"
+    entries = [{"name": n, "images": str(base / "photos"), "placeholder": f"<{n}>"} for n in names]
+    config.write_text(yaml.safe_dump({"concepts": entries}))
+    return config
+
+
+def test_overwrite_of_several_words(run_to: Callable, base: Path, tmp_path: Path) -> None:
+    run_to("--config", str(concepts(base, tmp_path, "a", "b")))
+    (tmp_path / "run" / "b" / "log.csv").unlink()  # as if killed before it was first saved
+    run_to("--config", str(concepts(base, tmp_path, "c")), "--overwrite")
+    files = set(snapshot(tmp_path / "run"))
+    assert {path.split("/")[0] for path in files} == {"config.yaml", "state.safetensors", "c"}
+
+
+BAD = [
+    ["--images", "no/such/folder"],
+    ["--checkpoint", "no/such/model"],
+    ["--size", "13"],
+    ["--templates", "no such list"],
+    ["--placeholder", "cat"],
+    ["--init-word", ""],
+    ["--progressive", "3", "--num-vectors", "4"],
+    ["--lr-schedule", "linear"],
+    ["--sample-prompt", "a photo without its word"],
+    ["--sample-prompt", "{} " + "cat " * 80 + "{}"],
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=[" ".join(b)[:40] for b in BAD])
+def test_bad_input_leaves_everything_as_it_was(
+    bad: list[str], run_to: Callable, done: Path, tmp_path: Path
+) -> None:
+    """Nothing is cleared away for a run that cannot be, and nothing begun."""
+    before = snapshot(done)
+    with pytest.raises(InputError):
+        run_to("--overwrite", *bad)
+    assert snapshot(done) == before
+    with pytest.raises(InputError):
+        run_to(*bad, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# A full disk
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["write", "fsync"])
+def test_a_full_disk(
+    where: str,
+    run_to: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Whatever cannot be written leaves what was there whole, and the run can go on where it was saved."""
+    reference = run_to("--save-every", "2", steps=6, out=tmp_path / "reference")
+    out, saved = tmp_path / "run", {}
+    state = out / "state.safetensors"
+
+    def fail() -> None:
+        if state.exists():  # the first saving is complete
+            saved.update(saved or snapshot(out))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if where == "fsync":
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda handle: fail() or fsync(handle))
+    else:
+        fdopen = os.fdopen
+
+        def broken(handle: int, *args: str):
+            try:
+                fail()
+            except OSError:
+                os.close(handle)
+                raise
+            return fdopen(handle, *args)
+
+        monkeypatch.setattr(os, "fdopen", broken)
+
+    with pytest.raises(SystemExit) as status:
+        cli.run("minti.train", lambda _: run_to("--save-every", "2", steps=6))
+    assert status.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "No space left on device; free some space" in said
+    assert len(rows(out / "log.csv")) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "write_report", lambda *_: None)
+    found = snapshot(out)
+    assert {name: found[name] for name in saved} == saved
+    assert found.keys() == saved.keys()
+    run_to("--save-every", "2", "--resume", steps=6)
+    assert_same_results(out, reference)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "file" / "below", b"content")
+    assert (tmp_path / "file").read_text() == ""
