@@ -96,6 +96,7 @@ class Trainer:
         for template in args.sample_prompt:
             if "{}" not in template:
                 raise InputError(f"--sample-prompt {template!r}: needs {{}} where the word goes")
+        sd.vae.to("cpu")  # the photos are encoded; only previews need it again
         for run in runs:
             sd.tokenizer(self._sample_prompts(run.word))  # complains now rather than later
 
@@ -185,11 +186,13 @@ class Trainer:
         """What the words look like now, each in its prompts, always with the same seeds."""
         if self.rank:
             return
+        self.sd.vae.to(self.sd.device)
         for run in self.runs:
             prompts = self._sample_prompts(run.word)
             images = self.sd.sample(prompts, steps=self.args.sample_steps, num_images=4, size=self.args.size)
             path = run.folder / "samples" / f"step-{self.inversion.step_count:06d}.png"
             write_atomically(path, encode_png(image_grid(images, 4), {"prompts": json.dumps(prompts)}))
+        self.sd.vae.to("cpu")
 
     def _sample_prompts(self, word: Word) -> list[str]:
         templates = self.args.sample_prompt or ["a photo of {}"]
