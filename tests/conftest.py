@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the commands that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands inherit it

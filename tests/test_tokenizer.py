@@ -122,7 +122,7 @@ def test_shape_and_padding(small, tmp_path):
 
 
 def test_exclamation_mark_is_a_word(clip, reference):
-    """With "!" as padding, as in SD 2.x, transformers takes the mark for padding; open_clip and minti do not."""
+    """Padding with "!", as SD 2.x does, transformers takes the mark for padding; open_clip does not."""
     assert clip.encode("hello!") == [3306, 256]
     clip_like_transformers = Tokenizer.load(reference.name_or_path, pad="!")
     clip_like_transformers.add_placeholder("!", [0])
