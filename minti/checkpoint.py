@@ -59,6 +59,8 @@ def load_parts(
         plan.notes.append(
             f"prediction type: {kind}, judging by the UNet's output (--prediction-type overrides)"
         )
+    unet = modules["unet"]
+    unet.config = replace(unet.config, sample_size=trained_size(plan))
     for note in plan.notes:
         log.info("%s: %s", plan.path, note)
     return Parts(tokenizer=words, schedule=Schedule(plan.schedule), **modules)
@@ -71,6 +73,17 @@ def make_plan(path: str | Path, *, variant: str | None = None, ema: bool = False
         dangling = "is a link to something that is not there" if path.is_symlink() else "does not exist"
         raise InputError(f"{path}: {dangling}; give the path of a checkpoint folder or file")
     return plan_folder(path, variant) if path.is_dir() else plan_single_file(path, ema)
+
+
+def trained_size(plan: Plan) -> int:
+    """Height and width, in latents, of the pictures the model was trained on.
+
+    Folders say it. Single files of SD 2.x that predict v were trained on 768 pixels, all others on 512.
+    """
+    large = plan.layout == "single file" and plan.family.startswith("SD 2.x")
+    if large and plan.schedule.prediction_type == "v_prediction":
+        return 96
+    return plan.parts["unet"].module.config.sample_size
 
 
 @torch.no_grad()

@@ -152,11 +152,12 @@ def plan_folder(path: Path, variant: str | None) -> Plan:
             f"{path}: SDXL needs two text encoders at once, which minti's pipeline does not have"
         )
     missing = [name for name in ("unet", "vae", "text_encoder", "scheduler") if not (path / name).is_dir()]
-    if missing or (kind and "StableDiffusion" not in kind):
-        what = f"a {kind}" if kind else f"no {', no '.join(missing)} folder"
+    other = bool(kind) and "StableDiffusion" not in kind
+    if missing or other:
+        what = f"a {kind}" if other else f"no {', no '.join(missing)} folder"
         files = [p.name for p in sorted(path.glob("*")) if p.suffix in (".safetensors", ".ckpt")]
         hint = f"; did you mean {path / files[0]}?" if files else ""
-        raise InputError(f"{path}: is not a Stable Diffusion folder ({what}){hint}")
+        raise InputError(f"{path}: is not a whole Stable Diffusion folder ({what}){hint}")
 
     def part(name: str, config: type, module: type, stem: str) -> Part:
         folder = path / name

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import minti
-from minti.checkpoint import make_plan, probe_prediction_type
+from minti.checkpoint import make_plan, probe_prediction_type, trained_size
 from minti.clip import CLIPTextModel
 from minti.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from minti.diffusion import Schedule
+from minti.layouts import Part, Plan
 from minti.tokenizer import Tokenizer
 from minti.unet import UNet
 from minti.vae import VAE
@@ -659,3 +660,20 @@ def test_loading_never_holds_two_copies_at_the_size_of_sd15(suffix: str, tmp_pat
             assert measure(path, dtype) <= 1.15
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("config", "prediction_type", "pixels"),
+    [("sd15", "epsilon", 512), ("sd21-base", "epsilon", 512), ("sd21", "v_prediction", 768)],
+)
+def test_size_of_the_pictures_a_single_file_was_trained_on(
+    config: str, prediction_type: str, pixels: int
+) -> None:
+    """Single files do not say it; their folders' configs do."""
+    raw = json.loads(shared(f"configs/{config}/unet/config.json").read_text())
+    published = UNetConfig.from_json(raw, config)
+    with torch.device("meta"):
+        unet = UNet(replace(published, sample_size=64))  # what a single file is taken for
+    schedule = ScheduleConfig(prediction_type=prediction_type)
+    plan = Plan(Path("model.safetensors"), "single file", {"unet": Part(unet, {}, [])}, schedule)
+    assert trained_size(plan) * 8 == published.sample_size * 8 == pixels
