@@ -635,7 +635,13 @@ def test_loading_never_holds_two_copies(suffix: str, tmp_path: Path) -> None:
         tmp_path / f"big{suffix}",
         UNetConfig(block_out_channels=(160, 320, 320, 320), cross_attention_dim=256),
         VAEConfig(block_out_channels=(64, 128, 128, 128)),
-        TextConfig(vocab_size=20000, hidden_size=256, intermediate_size=512, num_hidden_layers=4),
+        TextConfig(
+            vocab_size=20000,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+        ),
     )
     assert path.stat().st_size > 250e6
     try:

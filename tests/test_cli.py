@@ -223,8 +223,7 @@ def exit_code(error: BaseException | None, capsys: pytest.CaptureFixture) -> tup
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried ..."),
             2,
-            "minti.test: error: out of memory on the device; "
-            "try --batch-size 1, --dtype float16 or a smaller --size\n",
+            "minti.test: error: out of memory; try --batch-size 1, --dtype float16 or a smaller --size\n",
         ),
     ],
 )

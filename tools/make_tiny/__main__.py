@@ -1,0 +1,60 @@
+"""python tools/make_tiny STAGE --work DIR: make `weights/tiny`, from nothing, stage by stage."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from minti import cli
+from tools.make_tiny import data
+from tools.make_tiny.training import Run
+
+# In the order in which they are run. Steps, learning rate, pictures a step.
+DEFAULTS = {
+    "world": (60_000, 0.0, 0),
+    "vae": (6_000, 1.2e-3, 16),
+    "clip": (2_000, 1e-3, 128),
+    "latents": (0, 0.0, 250),
+    "unet": (20_000, 1e-3, 32),
+    "probe": (1_500, 2e-3, 128),
+    "export": (0, 0.0, 0),
+}
+
+
+def main(argv: Sequence[str] | None) -> None:
+    parser = cli.Parser(prog="python tools/make_tiny", description=__doc__)
+    parser.add_argument("stage", choices=DEFAULTS, help="in this order; each continues where it stopped")
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="then stop, with a checkpoint")
+    parser.add_argument("--steps", type=int, help="optimizer steps; pictures for world and latents")
+    parser.add_argument("--lr", type=float, help="the highest learning rate")
+    parser.add_argument("--batch-size", type=int, help="pictures a step")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    steps, lr, batch = DEFAULTS[args.stage]
+    run = Run(
+        name=args.stage,
+        work=args.work,
+        steps=args.steps or steps,
+        minutes=args.minutes,
+        device=torch.device(device),
+        seed=args.seed,
+        lr=args.lr or lr,
+        batch=args.batch_size or batch,
+    )
+    if args.stage == "world":
+        data.build(args.work, run.steps)
+    else:
+        importlib.import_module(f"tools.make_tiny.{args.stage}").stage(run)
+    if run.interrupted:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    cli.run("make_tiny", main)
