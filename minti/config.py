@@ -1,22 +1,17 @@
 """What distinguishes one Stable Diffusion from another: a few frozen dataclasses.
 
 Every part of the model is described by one of them, and by nothing else: the code of `clip.py`, `unet.py`,
-`vae.py` and `diffusion.py` knows no family names. A value comes either from the `config.json` beside the
-weights (`from_json`), or, for single files that carry none, from the shapes of the weights (`from_shapes`).
-What shapes cannot tell follows the rules all public checkpoints keep: 32 groups; 8 heads a level where the
-attention blocks project with convolutions, 64 channels a head where they project with matrices, and in CLIP.
+`vae.py` and `diffusion.py` knows no family names. The values come from the `config.json` beside the weights
+(`from_json`) or, for single files that carry none, from the shapes of the weights (`infer.py`).
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class InputError(ValueError):
@@ -62,11 +57,6 @@ def _per_level(value: Any, levels: int, key: str, source: str) -> tuple[int, ...
             f"{source}: {key} = {value!r} should be one integer or {levels} of them, one for each level"
         )
     return values
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """How many numbered siblings there are: `pattern` captures the number at the start of a key."""
-    return 1 + max((int(m[1]) for key in shapes if (m := re.match(pattern, key))), default=-1)
 
 
 def _check_transformer(config: TextConfig | VisionConfig) -> None:
@@ -121,38 +111,6 @@ class TextConfig:
                 if any("WithProjection" in name for name in raw.get("architectures") or [])
                 else None
             ),
-        )
-
-    @classmethod
-    def from_shapes(cls, shapes: Shapes) -> TextConfig:
-        """Infer from the keys of the Hugging Face layout (`text_model.encoder.layers...`)."""
-        vocab_size, hidden = shapes["text_model.embeddings.token_embedding.weight"]
-        return cls(
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-            num_hidden_layers=_count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
-            num_attention_heads=max(1, hidden // 64),
-            max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
-            eos_token_id=min(vocab_size, 49408) - 1,
-        )
-
-    @classmethod
-    def from_openclip_shapes(cls, shapes: Shapes) -> TextConfig:
-        """Infer from the keys of OpenCLIP (`transformer.resblocks...`).
-
-        Stable Diffusion 2 reads the output of the last layer but one, so the last one is left out altogether.
-        """
-        vocab_size, hidden = shapes["token_embedding.weight"]
-        return cls(
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            intermediate_size=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-            num_hidden_layers=_count(shapes, r"transformer\.resblocks\.(\d+)\.") - 1,
-            num_attention_heads=max(1, hidden // 64),
-            max_position_embeddings=shapes["positional_embedding"][0],
-            hidden_act="gelu",
-            eos_token_id=min(vocab_size, 49408) - 1,
         )
 
 
@@ -275,46 +233,6 @@ class UNetConfig:
             sample_size=raw.get("sample_size") or 64,
         )
 
-    @classmethod
-    def from_shapes(cls, shapes: Shapes) -> UNetConfig:
-        """Infer from the keys of the CompVis layout (`input_blocks...`), prefix removed.
-
-        There every level is `layers_per_block` residual blocks followed by one block that halves the
-        resolution (`op`), so the index of the first `op` tells the number of layers and their count the
-        number of levels.
-        """
-        ops = sorted(
-            int(m[1]) for key in shapes if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", key))
-        )
-        layers = (ops[0] if ops else _count(shapes, r"input_blocks\.(\d+)\.")) - 1
-        first = [
-            1 + level * (layers + 1) for level in range(len(ops) + 1)
-        ]  # first residual block of each level
-        channels = tuple(shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0] for i in first)
-        blocks = [f"input_blocks.{i}.1" for i in first]
-        depth = tuple(_count(shapes, rf"{re.escape(b)}\.transformer_blocks\.(\d+)\.") for b in blocks)
-        has_mid = "middle_block.0.in_layers.0.weight" in shapes
-        mid_depth = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.") if has_mid else None
-        attended = [b for b, d in zip([*blocks, "middle_block.1"], [*depth, mid_depth], strict=True) if d]
-        if not attended:
-            raise InputError("the UNet has no cross-attention; only text-to-image models can be used")
-        linear = len(shapes[f"{attended[0]}.proj_in.weight"]) == 2
-        pooled = shapes.get("label_emb.0.0.weight")
-        return cls(
-            in_channels=shapes["input_blocks.0.0.weight"][1],
-            out_channels=shapes["out.2.weight"][0],
-            block_out_channels=channels,
-            layers_per_block=layers,
-            transformer_depth=depth,
-            mid_depth=mid_depth,
-            num_attention_heads=tuple(max(1, c // 64) if linear else 8 for c in channels),
-            cross_attention_dim=shapes[f"{attended[0]}.transformer_blocks.0.attn2.to_k.weight"][1],
-            use_linear_projection=linear,
-            upcast_attention=linear and not pooled,  # SD 2.1 needs it, 2.0 cannot be told apart
-            addition_time_embed_dim=256 if pooled else None,
-            projection_class_embeddings_input_dim=pooled[1] if pooled else None,
-        )
-
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -349,20 +267,6 @@ class VAEConfig:
             layers_per_block=raw.get("layers_per_block", 2),
             norm_num_groups=raw.get("norm_num_groups", 32),
             scaling_factor=raw.get("scaling_factor", 0.18215),  # the oldest folders do not say
-        )
-
-    @classmethod
-    def from_shapes(cls, shapes: Shapes) -> VAEConfig:
-        """Infer from the keys of the CompVis layout (`encoder.down.0.block...`), prefix removed."""
-        levels = _count(shapes, r"encoder\.down\.(\d+)\.")
-        return cls(
-            in_channels=shapes["encoder.conv_in.weight"][1],
-            out_channels=shapes["decoder.conv_out.weight"][0],
-            latent_channels=shapes["post_quant_conv.weight"][0],
-            block_out_channels=tuple(
-                shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)
-            ),
-            layers_per_block=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         )
 
     @property

@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from . import infer
 from .clip import CLIPTextModel
 from .config import InputError, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json
 from .diffusion import Schedule
@@ -246,8 +247,8 @@ def plan_single_file(path: Path, ema: bool) -> Plan:
     if "cond_stage_model.transformer.token_emb.weight" in shapes:
         raise InputError(f"{path}: has the BERT text encoder of the first latent diffusion model, not CLIP")
     with _explained(path), torch.device("meta"):
-        unet = UNet(UNetConfig.from_shapes(_below(UNET_PREFIX, shapes)))
-        vae = VAE(VAEConfig.from_shapes(_below(VAE_PREFIX, shapes)))
+        unet = UNet(infer.unet_config(_below(UNET_PREFIX, shapes)))
+        vae = VAE(infer.vae_config(_below(VAE_PREFIX, shapes)))
         text, is_openclip = _single_file_text(file)
     parts = {
         "text_encoder": text,
@@ -281,7 +282,7 @@ def _single_file_text(file: WeightFile) -> tuple[Part, bool]:
     """The text encoder, and whether it is OpenCLIP's, as in SD 2.x."""
     shapes = _below(OPENCLIP_PREFIX, file.shapes)
     if shapes:
-        text = CLIPTextModel(TextConfig.from_openclip_shapes(shapes))
+        text = CLIPTextModel(infer.openclip_text_config(shapes))
         origins = find_origins(
             text.state_dict(), openclip_blocks(text.config), OPENCLIP_LAYERS, OPENCLIP_PREFIX
         )
@@ -290,7 +291,7 @@ def _single_file_text(file: WeightFile) -> tuple[Part, bool]:
     prefix = next(
         (p for p in CLIP_PREFIXES if any(key.startswith(p) for key in file.shapes)), CLIP_PREFIXES[0]
     )
-    text = CLIPTextModel(TextConfig.from_shapes(_below(prefix, file.shapes, "text_model.")))
+    text = CLIPTextModel(infer.text_config(_below(prefix, file.shapes, "text_model.")))
     return Part(text, find_origins(text.state_dict(), {"text_model.": ""}, {}, prefix), [file]), False
 
 

@@ -155,7 +155,7 @@ def test_ctrl_c_keeps_what_is_finished(original: Path, tmp_path: Path) -> None:
 def test_paths_that_hold_no_checkpoint(refused: Callable, tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", tmp_path / "nowhere", "does not exist")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", tmp_path / "empty", "not a Stable Diffusion folder", "no unet")
+    refused(tmp_path / "empty", tmp_path / "empty", "not a whole Stable Diffusion folder", "no unet")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     refused(tmp_path / "link", tmp_path / "link", "link to something that is not there")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -186,11 +186,11 @@ def test_folders_of_other_models(kind: str, parts: list[str], refused: Callable,
 
 
 def test_a_clip_model_instead_of_a_checkpoint(refused: Callable, folder: Path) -> None:
-    refused(folder / "text_encoder", "not a Stable Diffusion folder")
+    refused(folder / "text_encoder", "not a whole Stable Diffusion folder")
     refused(
         folder / "text_encoder" / "model.safetensors", "model.safetensors", "not a whole Stable Diffusion"
     )
-    refused(folder / "unet", "not a Stable Diffusion folder")
+    refused(folder / "unet", "not a whole Stable Diffusion folder")
     refused(folder / UNET_FILE, "not a whole Stable Diffusion")
 
 

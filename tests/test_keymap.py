@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as reference
 
-from minti import keymap
+from minti import infer, keymap
 from minti.clip import CLIPTextModel
 from minti.config import TextConfig, UNetConfig, VAEConfig
 from minti.layouts import plan_single_file
@@ -192,8 +192,8 @@ def test_sdxl_single_file_is_covered_by_the_same_tables(part: str, prefix: str) 
         key: shape for key, shape in manifest("sdxl-base-compvis.json").items() if key.startswith(prefix)
     }
     assert shapes(keymap.to_single_file(module.state_dict(), origins(module, prefix))) == expected
-    config, _ = PARTS[part]
-    inferred = config.from_shapes({key.removeprefix(prefix): shape for key, shape in expected.items()})
+    infer_config = {"unet": infer.unet_config, "vae": infer.vae_config}[part]
+    inferred = infer_config({key.removeprefix(prefix): shape for key, shape in expected.items()})
     # Not in the shapes: 0.13025, the latents' scale, and 128 latents, the trained size.
     free = {"scaling_factor": 0, "sample_size": 0}
     assert vars(inferred) | free == vars(module.config) | free
@@ -254,7 +254,7 @@ def test_unet_names_are_those_of_diffusers_converter(name: str) -> None:
     assert all(torch.equal(converted[key], state[key]) for key in state)
     # Back again, from nothing but the shapes.
     below = {key.removeprefix("model.diffusion_model."): tuple(t.shape) for key, t in stored.items()}
-    inferred = UNetConfig.from_shapes(below)
+    inferred = infer.unet_config(below)
     free = {"sample_size": 0, "addition_time_embed_dim": 0, "num_attention_heads": 0, "upcast_attention": 0}
     assert vars(inferred) | free == vars(config) | free
     with torch.device("meta"):
@@ -292,7 +292,7 @@ def test_vae_names_are_those_of_diffusers_converter(options: dict) -> None:
     assert converted.keys() == state.keys()
     assert all(torch.equal(converted[key], state[key]) for key in state)
     below = {key.removeprefix("first_stage_model."): tuple(t.shape) for key, t in stored.items()}
-    assert VAEConfig.from_shapes(below) == config
+    assert infer.vae_config(below) == config
 
 
 TEXT = {"vocab_size": 100, "hidden_size": 128, "intermediate_size": 80}
@@ -305,7 +305,7 @@ def test_clip_names_are_those_of_diffusers_converter() -> None:
     stored = {f"cond_stage_model.transformer.{key}": tensor for key, tensor in state.items()}
     converted = reference.convert_ldm_clip_checkpoint(dict(stored))
     assert converted.keys() == state.keys()
-    assert TextConfig.from_shapes(shapes(converted)) == ours.config
+    assert infer.text_config(shapes(converted)) == ours.config
 
 
 def test_openclip_names_are_those_of_diffusers_converter() -> None:
