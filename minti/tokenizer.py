@@ -84,6 +84,7 @@ class Tokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.symbols = byte_symbols()
         self.placeholders: dict[str, list[int]] = {}
+        self._warned: set[str] = set()
         self._placeholder_pattern = PATTERN
         self._word_ids = lru_cache(maxsize=65536)(self._encode_word)
 
@@ -223,7 +224,7 @@ class Tokenizer:
     def __call__(self, prompts: str | Sequence[str]) -> Tensor:
         """Encode prompts as the text encoder wants them.
 
-        A prompt that is too long is cut, keeping the end token, with a warning that quotes what was lost.
+        A prompt that is too long is cut, keeping the end token, with one warning that quotes what was lost.
 
         Returns:
             (B, 77) int64: start token, words, end token, padding.
@@ -244,7 +245,8 @@ class Tokenizer:
                 if len(ids) - 1 + len(word_ids) > room:
                     lost.append(word)
                 ids += word_ids
-            if lost:
+            if lost and prompt not in self._warned:
+                self._warned.add(prompt)
                 cut = " ".join(lost)
                 cut = cut if len(cut) <= 200 else f"{cut[:200]}..."
                 log.warning("a prompt has %d tokens at most; cut off: %r", room, cut)
