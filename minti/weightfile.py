@@ -31,6 +31,7 @@ class WeightFile:
     Attributes:
         shapes: name -> shape of every tensor in it.
         nbytes: name -> size in bytes.
+        dtypes: name -> number format.
 
     Raises:
         InputError: the file is missing, truncated, not a file of weights, or a pickle that wants to run code.
