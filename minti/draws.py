@@ -41,7 +41,6 @@ class Settings:
     def __post_init__(self) -> None:
         if self.lr_schedule not in ("constant", "cosine"):
             raise InputError(f"lr_schedule {self.lr_schedule!r}: choose from constant, cosine")
-
         if sorted(set(self.progressive)) != list(self.progressive):
             raise InputError(f"progressive {self.progressive}: the steps should rise")
 
