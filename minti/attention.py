@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import kernels
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, upcast: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, equation 1 of Vaswani et al. 2017 (arXiv 1706.03762).
+
+    PyTorch computes it, or our own kernel if `kernels.use` has been told so.
 
     Args:
         q: (B, heads, N, d) queries.
@@ -18,6 +25,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, upcast: 
     Returns:
         (B, heads, N, d), in the dtype of q.
     """
+    if not (causal or upcast) and kernels.chosen(q, k, v):
+        return kernels.flash_attention(q, k, v)
     dtype = q.dtype
     if upcast:
         q, k, v = q.float(), k.float(), v.float()
@@ -32,11 +41,18 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)  # (B, heads, N, d) -> (B, N, heads*d)
 
 
+def linear_together(layers: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
+    """What each of several layers makes of the same (..., dim) input, in one matrix product."""
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself or, in the UNet, to the words of the prompt.
 
-    Keys and values come from `project`, apart from `forward`, because those of the prompt stay the same
-    through all the steps of sampling and need to be computed once only.
+    The keys and values of the prompt may be given, because they stay the same through all the steps of
+    sampling and need to be computed once only; see `UNet.embed_context`.
     """
 
     def __init__(
@@ -49,12 +65,8 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=qkv_bias)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, M, context_dim) -> keys and values, each (B, heads, M, d)."""
-        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
-
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, N, dim) -> (B, N, dim), attending to `kv`, or to x itself where that is None."""
-        q = split_heads(self.to_q(x), self.heads)
-        k, v = self.project(x) if kv is None else kv
+        """(B, N, dim) -> (B, N, dim), attending to x itself or to keys and values, each (B, M, dim)."""
+        k, v = (self.to_k(x), self.to_v(x)) if kv is None else kv
+        q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), k, v))
         return self.to_out(merge_heads(attention(q, k, v, upcast=self.upcast)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .clip import CLIPTextModel
-from .config import InputError
+from .config import InputError, TextConfig
 from .diffusion import Schedule
 from .layouts import Plan, plan_folder, plan_single_file
 from .tokenizer import Tokenizer
@@ -63,7 +63,7 @@ def load_parts(
     unet.config = replace(unet.config, sample_size=trained_size(plan))
     for note in plan.notes:
         log.info("%s: %s", plan.path, note)
-    return Parts(tokenizer=words, schedule=Schedule(plan.schedule), **modules)
+    return Parts(tokenizer=words, schedule=Schedule(plan.schedule, device), **modules)
 
 
 def make_plan(path: str | Path, *, variant: str | None = None, ema: bool = False) -> Plan:
@@ -104,17 +104,28 @@ def probe_prediction_type(unet: UNet) -> str:
 
 def load_tokenizer(plan: Plan, path: str | Path | None = None) -> Tokenizer:
     """The tokenizer at `path`, or that of the checkpoint's folder, or one beside the single file."""
-    folder = plan.path if plan.path.is_dir() else plan.path.parent
+    return find_tokenizer(plan.path, plan.parts["text_encoder"].module.config, path, pad=plan.pad)
+
+
+def find_tokenizer(
+    checkpoint: Path,
+    text: TextConfig,
+    path: str | Path | None,
+    *,
+    pad: str | None = None,
+    flag: str = "--tokenizer",
+) -> Tokenizer:
+    """The same for any text encoder; `flag` is the option that gives `path`, for messages."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     names = ("tokenizer", ".", "bpe_simple_vocab_16e6.txt.gz")
     candidates = [Path(path)] if path else [folder / name for name in names]
     for candidate in candidates:
         if candidate.is_file() or any((candidate / n).is_file() for n in ("vocab.json", "tokenizer.json")):
-            tokenizer = Tokenizer.load(candidate, pad=plan.pad)
-            text = plan.parts["text_encoder"].module.config
+            tokenizer = Tokenizer.load(candidate, pad=pad)
             if len(tokenizer) > text.vocab_size:
                 raise InputError(
-                    f"{candidate}: has {len(tokenizer)} ids, the text encoder of {plan.path} knows "
-                    f"{text.vocab_size}; give the tokenizer that belongs to it with --tokenizer"
+                    f"{candidate}: has {len(tokenizer)} ids, the text encoder of {checkpoint} knows "
+                    f"{text.vocab_size}; give the tokenizer that belongs to it with {flag}"
                 )
             return tokenizer
     if path:
@@ -122,6 +133,6 @@ def load_tokenizer(plan: Plan, path: str | Path | None = None) -> Tokenizer:
             f"{path}: no tokenizer here (vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz)"
         )
     raise InputError(
-        f"{plan.path}: comes without a tokenizer; get CLIP's with `python tools/download.py tokenizer "
-        f"{folder / 'tokenizer'}`, or give --tokenizer PATH"
+        f"{checkpoint}: comes without a tokenizer; get CLIP's with `python tools/download.py tokenizer "
+        f"{folder / 'tokenizer'}`, or give {flag} PATH"
     )

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
+from . import kernels
 from .config import InputError
 from .pipeline import DTYPES, StableDiffusion, load
 
@@ -74,6 +75,18 @@ class Options:
         self.add(group, "--prediction-type", choices=kinds, help="overrides what the checkpoint says")
         self.add(group, "--device", "auto", help="auto, cpu, cuda, cuda:N or mps")
         self.add(group, "--dtype", "auto", choices=["auto", *DTYPES], help="number format of the weights")
+        text = "sdpa: PyTorch's; triton: minti's own; auto: for each shape the faster, rounding may vary"
+        self.add(group, "--attention", "sdpa", choices=kernels.METHODS, help=text)
+        text = "decode pictures larger than this in tiles: less memory, slightly different colours"
+        self.add(group, "--vae-tile", type=number(int, 64), metavar="PX", help=text)
+        self.add(group, "--compile", False, help="compile the model first: minutes now, faster steps later")
+
+    def add_judge(self, group: str) -> None:
+        """Declare the options that say which CLIP judges pictures; see `scoring.choose_clip`."""
+        text = "CLIP to judge by: transformers folder or OpenAI's .pt; by default the checkpoint's own"
+        self.add(group, "--clip", metavar="PATH", help=text)
+        text = "tokenizer for a .pt file, folder or .txt.gz"
+        self.add(group, "--clip-tokenizer", metavar="PATH", help=text)
 
     def file_only(self, name: str) -> None:
         """Declare a key that only a config file can give; it is passed on as it is."""
@@ -143,7 +156,10 @@ class Options:
 def load_model(args: argparse.Namespace) -> StableDiffusion:
     """The model that the options of `Options.add_model` ask for."""
     keys = ("tokenizer", "variant", "ema", "prediction_type", "device", "dtype")
-    return load(args.checkpoint, **{key: getattr(args, key) for key in keys})
+    sd = load(args.checkpoint, **{key: getattr(args, key) for key in keys})
+    kernels.use(args.attention, sd.device)
+    sd.vae.tile = args.vae_tile and args.vae_tile // sd.vae.config.downscale
+    return sd
 
 
 def to_yaml(args: argparse.Namespace) -> bytes:
@@ -179,6 +195,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: should hold lines like `steps: 50`")
     return config
+
+
+def check_unchanged(saved: Path, args: argparse.Namespace, may_differ: Sequence[str]) -> None:
+    """Raises InputError, naming the first difference, unless options are those of an earlier run."""
+    before, now = _flat(read_yaml(saved)), _flat(yaml.safe_load(to_yaml(args)))
+    for key in sorted({*before, *now} - set(may_differ)):
+        if before.get(key) != now.get(key):
+            change = f"{key} was {before.get(key)!r}, now it is {now.get(key)!r}"
+            raise InputError(f"{saved}: {change}; a run can only be resumed as it was")
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a config, with those of tables in it as `table: entry`."""
+    tables = {key: value for key, value in config.items() if isinstance(value, dict)}
+    entries = {f"{key}: {name}": value for key, table in tables.items() for name, value in table.items()}
+    return {key: value for key, value in config.items() if key not in tables} | entries
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:

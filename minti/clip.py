@@ -79,11 +79,19 @@ class CLIPEncoder(nn.Module):
         return x, penultimate
 
 
+def table(rows: int, dim: int) -> nn.Embedding:
+    """A table of vectors, to be filled from a file.
+
+    `nn.Embedding` would fill it at random, for which, on the meta device, it imports PyTorch's compiler.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
+
+
 class TextEmbeddings(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = table(config.vocab_size, config.hidden_size)
+        self.position_embedding = table(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         return (
@@ -148,13 +156,11 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
         self.patch_embedding = nn.Conv2d(
             3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
         )
-        self.position_embedding = nn.Embedding(
-            (config.image_size // config.patch_size) ** 2 + 1, config.hidden_size
-        )
+        self.position_embedding = table((config.image_size // config.patch_size) ** 2 + 1, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, N, D)

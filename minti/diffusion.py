@@ -21,20 +21,24 @@ class Schedule:
 
     Attributes:
         config: where it comes from.
-        alphas_cumprod: (T,) float32 on the CPU, computed in float64.
+        alphas_cumprod: (T,) float32, computed in float64.
     """
 
-    def __init__(self, config: ScheduleConfig) -> None:
+    def __init__(self, config: ScheduleConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         start, end, T = config.beta_start, config.beta_end, config.num_train_timesteps
         if config.beta_schedule == "scaled_linear":
             betas = np.linspace(start**0.5, end**0.5, T) ** 2
         else:
             betas = np.linspace(start, end, T)
-        self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()
+        self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float().to(device)
+        # Numbers asked back from a GPU make the processor wait, and a sampler needs some at every step.
+        self._alphas = self.alphas_cumprod.tolist()
 
-    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def signal_and_noise(self, t: Tensor | int) -> tuple[Tensor | float, Tensor | float]:
         """sqrt(alphas_cumprod[t]) and sqrt(1 - alphas_cumprod[t]), (B, 1, 1, 1) float32 for t (B,)."""
+        if isinstance(t, int):
+            return self._alphas[t] ** 0.5, (1 - self._alphas[t]) ** 0.5
         alpha = self.alphas_cumprod.to(t.device)[t][:, None, None, None]  # (B,) -> (B, 1, 1, 1)
         return alpha.sqrt(), (1 - alpha).sqrt()
 
@@ -49,7 +53,7 @@ class Schedule:
         kind = self.config.prediction_type
         return eps if kind == "epsilon" else x0 if kind == "sample" else signal * eps - noise * x0
 
-    def x0_and_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def x0_and_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """The picture and the noise that the UNet's prediction at x_t amounts to."""
         signal, noise = self.signal_and_noise(t)
         if self.config.prediction_type == "epsilon":
@@ -91,11 +95,11 @@ class Schedule:
             eta: 0 is deterministic, 1 has the variance of DDPM.
             noise: like x_t; not looked at where eta is 0.
         """
-        alpha = self.alphas_cumprod[t].item()
-        end = 1.0 if self.config.set_alpha_to_one else self.alphas_cumprod[0].item()
-        alpha_prev = self.alphas_cumprod[t_prev].item() if t_prev >= 0 else end
+        alpha = self._alphas[t]
+        end = 1.0 if self.config.set_alpha_to_one else self._alphas[0]
+        alpha_prev = self._alphas[t_prev] if t_prev >= 0 else end
         sigma = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
-        x0, eps = self.x0_and_eps(prediction, x_t, torch.tensor([t], device=x_t.device))
+        x0, eps = self.x0_and_eps(prediction, x_t, t)
         x_prev = alpha_prev**0.5 * x0 + (1 - alpha_prev - sigma**2) ** 0.5 * eps
         return x_prev + sigma * noise if eta else x_prev
 

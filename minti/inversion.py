@@ -21,7 +21,7 @@ from .concept import Concept
 from .config import InputError
 from .data import encode_views, load_photos, make_views
 from .draws import Samples, Settings, Word, draw, generator, photo_word
-from .pipeline import StableDiffusion
+from .pipeline import StableDiffusion, compile_for
 from .templates import load_templates
 from .tokenizer import clean
 
@@ -74,6 +74,7 @@ class Inversion:
         settings: how.
         replace: allow placeholders that mean something already.
         rank, world: which of how many processes this is; each handles its share of every batch.
+        compiled: turn the loss into one compiled graph at the first step, which takes a while.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Inversion:
         replace: bool = False,
         rank: int = 0,
         world: int = 1,
+        compiled: bool = False,
     ) -> None:
         for word in words:
             if settings.progressive and len(word.init) != 1 + len(settings.progressive):
@@ -103,12 +105,17 @@ class Inversion:
             parameters = [p.requires_grad_(True) for p in (rows, *photo_rows)]
             groups.append({"params": parameters, "lr": word.lr})
         self._parameters = [p for group in groups for p in group["params"]]
+        # On the device, so that a step need not wait for the outcome of the one before; see `check`.
         self._good = [p.detach().clone() for p in self._parameters]
+        self._healthy = torch.ones((), dtype=torch.bool, device=sd.device)
+        self._good_steps = torch.zeros((), dtype=torch.int64, device=sd.device)
+        self._longest = torch.zeros((), device=sd.device)
         self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
         # float16 has so small a range that gradients vanish unless the loss is scaled up.
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
         self._all_ids = [sd.tokenizer.placeholders[clean(word.placeholder)] for word in self.words]
         self._ids_of: dict[str, Tensor] = {}
+        self._loss = compile_for(sd.device, self._sample_loss) if compiled else self._sample_loss
         self._extra = sd.inpainting_channels(self.words[0].latents.mean[:1])
         for word in self.words:
             for template in (*word.templates, *filter(None, word.captions)):
@@ -131,17 +138,24 @@ class Inversion:
 
     def _losses(self, samples: Sequence[Samples]) -> Tensor:
         """The loss of each sample: words one after the other, (sum of counts,) float32."""
-        device, schedule = self.sd.device, self.sd.schedule
         x0, weight = [], []
         for word, s in zip(self.words, samples, strict=True):
-            view, latents = s.view.to(device), word.latents
-            x0.append(latents.mean[view] + latents.std[view] * s.posterior_noise.to(device))
+            view, latents = self._send(s.view), word.latents
+            x0.append(latents.mean[view] + latents.std[view] * self._send(s.posterior_noise))
             weight.append(latents.weight[view])
-        x0, weight = torch.cat(x0), torch.cat(weight)
-        eps = torch.cat([s.eps for s in samples]).to(device)
-        t = torch.cat([s.t for s in samples]).to(device)
-        ids = torch.stack([self._encode(prompt) for s in samples for prompt in s.prompts]).to(device)
+        ids = torch.stack([self._encode(prompt) for s in samples for prompt in s.prompts])
+        eps, t = torch.cat([s.eps for s in samples]), torch.cat([s.t for s in samples])
+        return self._loss(torch.cat(x0), torch.cat(weight), self._send(eps), self._send(t), self._send(ids))
 
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To the model's device, without waiting for what it is doing."""
+        if self.sd.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.sd.device, non_blocking=True)
+
+    def _sample_loss(self, x0: Tensor, weight: Tensor, eps: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """|| target - eps_theta(x_t, t, c(ids)) ||^2: x0, weight, eps (B, ., h, w), t (B,), ids (B, 77)."""
+        schedule = self.sd.schedule
         x_t = schedule.q_sample(x0, eps, t).to(self.sd.dtype)
         x_t = torch.cat([x_t, *(extra.expand(len(x_t), -1, -1, -1) for extra in self._extra)], dim=1)
         context = self.sd.text_encoder(ids).context
@@ -168,11 +182,14 @@ class Inversion:
     def _in_play(self) -> int:
         return 1 + sum(self.step_count >= step for step in self.settings.progressive)
 
-    def step(self) -> Tensor:
+    def step(self, *, check: bool = True) -> Tensor:
         """One update. Returns the loss of each word, (words,) float32.
 
+        Args:
+            check: whether to wait for the result and `check` it at once.
+
         Raises:
-            Diverged: the loss is not finite; the rows are the last ones for which it was.
+            Diverged: see `check`.
         """
         settings, n = self.settings, self.settings.batch_size
         total = n * settings.accumulate * self.world
@@ -194,8 +211,9 @@ class Inversion:
                 dist.all_reduce(tensor)
         # With a scaled loss, gradients may overflow: the scaler then leaves out the step and scales less.
         scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        self._check([losses] if scaled else [losses, *(p.grad for p in self._parameters)])
-        self._good = [p.detach().clone() for p in self._parameters]
+        self._guard([losses] if scaled else [losses, *(p.grad for p in self._parameters)])
+        for p, good in zip(self._parameters, self._good, strict=True):
+            good.copy_(torch.where(self._healthy, p.detach(), good))
         for group, word in zip(self.optimizer.param_groups, self.words, strict=True):
             group["lr"] = word.lr * settings.lr_factor(self.step_count)
         self.scaler.step(self.optimizer)
@@ -203,21 +221,37 @@ class Inversion:
         if settings.max_norm is not None:
             for p in self._parameters:
                 p.data.renorm_(2, 0, settings.max_norm * self.vocabulary_norm)
-        self._check(self._parameters)
+        self._guard(self._parameters)
         if settings.progressive:
             for word, rows in zip(self.words, self.rows, strict=True):
                 waiting = slice(self._in_play(), None)
                 rows.data[waiting] = word.init[waiting].to(rows)  # weight decay has been at them
+        self._good_steps += self._healthy
         self.step_count += 1
         self._use_vectors()
+        if check:
+            self.check()
         return losses
 
-    def _check(self, tensors: Sequence[Tensor]) -> None:
-        if all(t.isfinite().all() for t in tensors):
-            return
-        longest = max(rows.detach().norm(dim=1).max().item() for rows in self.rows) / self.vocabulary_norm
+    @torch.no_grad()
+    def _guard(self, tensors: Sequence[Tensor]) -> None:
+        """From the first number on that is not finite, nothing changes any more; all without waiting."""
+        longest = torch.stack([rows.norm(dim=1).max() for rows in self.rows]).max()
+        self._longest = torch.where(self._healthy, longest, self._longest)
+        self._healthy = torch.stack([self._healthy, *(t.isfinite().all() for t in tensors)]).all()
         for p, good in zip(self._parameters, self._good, strict=True):
-            p.data.copy_(good)
+            p.copy_(torch.where(self._healthy, p, good))
+
+    def check(self) -> None:
+        """See that all went well in the steps so far.
+
+        Raises:
+            Diverged: a loss was not finite; the rows are the last ones for which it was.
+        """
+        if self._healthy:
+            return
+        self._healthy = torch.ones_like(self._healthy)  # the rows are, again
+        self.step_count, longest = int(self._good_steps), self._longest.item() / self.vocabulary_norm
         if self.step_count == 0:
             cause = "weights of the checkpoint or pictures hold no finite numbers"
         elif not longest < 20:
@@ -242,7 +276,8 @@ class Inversion:
         for first in range(0, size, n):
             losses = self._losses([s[first : first + n] for s in drawn])
             sums = sums + losses.view(len(self.words), -1).sum(1)
-        self._check([sums])
+        self._guard([sums])
+        self.check()
         return sums / size
 
     def concept(self, index: int, metadata: dict[str, str] | None = None) -> Concept:
@@ -264,6 +299,7 @@ class Inversion:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken."""
         self.step_count = int(state["step"])
+        self._good_steps.fill_(self.step_count)
         for i, group in enumerate(self.optimizer.param_groups):
             for j, p in enumerate(group["params"]):
                 p.copy_(state[f"{i}.{j}.rows"])

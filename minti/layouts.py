@@ -70,7 +70,7 @@ class Part:
         return found
 
     def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """The module with its weights, frozen. Raises InputError for weights that are not finite numbers."""
+        """The module with its weights, frozen."""
         state: dict[str, Tensor] = {}
         for file in self.files:
             wanted: dict[str, list[str]] = {}
@@ -82,12 +82,7 @@ class Part:
             for key, stored in file.read(list(wanted), copied=copied):
                 for name in wanted[key]:
                     ours = to_ours(stored, self.origins[name].form).contiguous()
-                    state[name] = ours = ours.to(device, dtype, copy=copied)
-                    if not ours.sum(dtype=torch.float32).isfinite():
-                        raise InputError(
-                            f"{file.path}: {key} holds NaN or infinity as {dtype}; "
-                            "use another --dtype, or download it again"
-                        )
+                    state[name] = ours.to(device, dtype, copy=copied)
         self.module.load_state_dict(state, strict=True, assign=True)
         return self.module.requires_grad_(False).eval()
 
@@ -141,11 +136,7 @@ class Plan:
 
 def plan_folder(path: Path, variant: str | None) -> Plan:
     """Plan for a folder, also of huggingface_hub's cache; `variant` as in `model.fp16.safetensors`."""
-    if (path / "snapshots").is_dir():  # the cache of huggingface_hub: the checkpoint is two levels below
-        snapshots = sorted((path / "snapshots").iterdir(), key=lambda p: p.stat().st_mtime)
-        main = path / "refs" / "main"
-        current = path / "snapshots" / (main.read_text().strip() if main.is_file() else "-")
-        path = current if current.is_dir() else snapshots[-1] if snapshots else path
+    path = current_snapshot(path)
     index = path / "model_index.json"
     kind = read_json(index).get("_class_name", "") if index.is_file() else ""
     if "XL" in kind or (not kind and (path / "text_encoder_2").is_dir()):
@@ -160,20 +151,11 @@ def plan_folder(path: Path, variant: str | None) -> Plan:
         hint = f"; did you mean {path / files[0]}?" if files else ""
         raise InputError(f"{path}: is not a whole Stable Diffusion folder ({what}){hint}")
 
-    def part(name: str, config: type, module: type, stem: str) -> Part:
-        folder = path / name
-        source = folder / "config.json"
-        with _explained(source), torch.device("meta"):
-            built = module(config.from_json(read_json(source), str(source)))
-        files = [WeightFile(file) for file in _find_weights(folder, stem, variant)]
-        keys = {key for file in files for key in file.shapes}
-        origins = {key: Origin(_find_alias(key, keys)) for key in built.state_dict()}
-        return Part(built, origins, files)
-
+    stem = "diffusion_pytorch_model"
     parts = {
-        "text_encoder": part("text_encoder", TextConfig, CLIPTextModel, "model"),
-        "unet": part("unet", UNetConfig, UNet, "diffusion_pytorch_model"),
-        "vae": part("vae", VAEConfig, VAE, "diffusion_pytorch_model"),
+        "text_encoder": folder_part(path / "text_encoder", TextConfig, CLIPTextModel, "model", variant),
+        "unet": folder_part(path / "unet", UNetConfig, UNet, stem, variant),
+        "vae": folder_part(path / "vae", VAEConfig, VAE, stem, variant),
     }
     unexpected = []
     for name, p in parts.items():
@@ -181,31 +163,52 @@ def plan_folder(path: Path, variant: str | None) -> Plan:
         keys = [key for file in p.files for key in file.shapes]
         unexpected += [f"{name}/{key}" for key in keys if key not in claimed and not IGNORED.fullmatch(key)]
     source = path / "scheduler" / "scheduler_config.json"
-    with _explained(source):
+    with explained(source):
         schedule = ScheduleConfig.from_json(read_json(source), str(source))
         Schedule(schedule)
     return Plan(path, "diffusers", parts, schedule, unexpected=unexpected)
 
 
+def current_snapshot(path: Path) -> Path:
+    """The folder itself; of the cache of huggingface_hub, where it is two levels below, the current one."""
+    if not (path / "snapshots").is_dir():
+        return path
+    snapshots = sorted((path / "snapshots").iterdir(), key=lambda p: p.stat().st_mtime)
+    main = path / "refs" / "main"
+    current = path / "snapshots" / (main.read_text().strip() if main.is_file() else "-")
+    return current if current.is_dir() else snapshots[-1] if snapshots else path
+
+
+def folder_part(folder: Path, config: type, module: type, stem: str, variant: str | None = None) -> Part:
+    """The module that a folder's `config.json` describes, its weights under our own names or an alias."""
+    source = folder / "config.json"
+    with explained(source), torch.device("meta"):
+        built = module(config.from_json(read_json(source), str(source)))
+    files = [WeightFile(file) for file in find_weights(folder, stem, variant)]
+    keys = {key for file in files for key in file.shapes}
+    origins = {key: Origin(find_alias(key, keys)) for key in built.state_dict()}
+    return Part(built, origins, files)
+
+
 @contextmanager
-def _explained(source: Path) -> Iterator[None]:
+def explained(source: Path, model: str = "Stable Diffusion") -> Iterator[None]:
     """Numbers that make no model (text, negative widths, ...) fail in many ways. Say where they came from."""
     try:
         yield
     except InputError as error:
         raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
     except KeyError as error:
-        raise InputError(f"{source}: is not a whole Stable Diffusion model (no {error.args[0]})") from None
+        raise InputError(f"{source}: is not a whole {model} model (no {error.args[0]})") from None
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise InputError(f"{source}: does not describe a Stable Diffusion model ({error})") from None
+        raise InputError(f"{source}: does not describe a {model} model ({error})") from None
 
 
-def _find_alias(key: str, keys: set[str]) -> str:
+def find_alias(key: str, keys: set[str]) -> str:
     names = [key, *(key.replace(ours, theirs, 1) for ours, theirs in FOLDER_ALIASES)]
     return next((name for name in names if name in keys), key)
 
 
-def _find_weights(folder: Path, stem: str, variant: str | None) -> list[Path]:
+def find_weights(folder: Path, stem: str, variant: str | None) -> list[Path]:
     """The files with the weights of one part: safetensors before .bin, whole before sharded."""
     for wanted in [variant] if variant else ["", "fp16", "non_ema"]:
         dot = f".{wanted}" if wanted else ""
@@ -246,7 +249,7 @@ def plan_single_file(path: Path, ema: bool) -> Plan:
         )
     if "cond_stage_model.transformer.token_emb.weight" in shapes:
         raise InputError(f"{path}: has the BERT text encoder of the first latent diffusion model, not CLIP")
-    with _explained(path), torch.device("meta"):
+    with explained(path), torch.device("meta"):
         unet = UNet(infer.unet_config(_below(UNET_PREFIX, shapes)))
         vae = VAE(infer.vae_config(_below(VAE_PREFIX, shapes)))
         text, is_openclip = _single_file_text(file)

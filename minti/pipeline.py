@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def load(
     Raises:
         InputError: one line that says what is wrong with the checkpoint or an argument.
     """
-    where = _choose_device(device)
+    where = choose_device(device)
     if dtype not in (*DTYPES, "auto"):
         raise InputError(f"dtype {dtype!r}: choose from auto, {', '.join(DTYPES)}")
     if dtype == "auto":
@@ -61,10 +61,15 @@ def load(
         variant=variant,
         ema=ema,
     )
+    if where.type == "cuda":
+        # The layout that its convolutions are fastest in. On the CPU it gains nothing.
+        parts.unet.to(memory_format=torch.channels_last)
+        parts.vae.to(memory_format=torch.channels_last)
     return StableDiffusion(**vars(parts))
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device called "cpu", "cuda", "mps", or "auto": the best there is. InputError if it is not here."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
@@ -77,6 +82,11 @@ def _choose_device(name: str) -> torch.device:
     ):
         raise InputError(f"device {name!r} is not available here; use --device auto")
     return device
+
+
+def compile_for(device: torch.device, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of tensors as one compiled graph, which a GPU then replays without being told each step."""
+    return torch.compile(function, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 @dataclass
@@ -134,16 +144,47 @@ class StableDiffusion:
         self.text_encoder.text_model.embeddings.token_embedding = embedding
         return embedding.add(concept.vectors)
 
+    def compile(self) -> None:
+        """Make sampling faster, after a first step that takes minutes."""
+        self.unet.denoise = compile_for(self.device, self.unet.denoise)
+
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to what the UNet attends to, (B, 77, D)."""
         return self.text_encoder(self.tokenizer(prompts).to(self.device)).context
 
+    def check_weights(self) -> None:
+        """Raises InputError, with its name, if a weight is NaN or infinite, be it only in this dtype."""
+        for part in ("text_encoder", "unet", "vae"):
+            for name, weight in getattr(self, part).named_parameters():
+                if not weight.isfinite().all():
+                    raise InputError(
+                        f"the checkpoint's {part} {name} holds NaN or infinity as {self._dtype_name}; "
+                        "use another --dtype, or download it again"
+                    )
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def _check(self, output: Tensor, part: str) -> None:
+        # The weights are looked at once something is wrong: when they are loaded, it would take seconds.
+        if not output.isfinite().all():
+            self.check_weights()
+            raise InputError(f"the {part} overflows in {self._dtype_name}; use --dtype bfloat16 or float32")
+
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
-        """Latents of about unit variance, (B, C, h, w), to pictures."""
-        # One at a time: the decoder takes more memory than everything before it.
-        pixels = [self.vae.decode(z[None].to(self.dtype) / self.vae.config.scaling_factor) for z in latents]
+        """Latents of about unit variance, (B, C, h, w), to pictures.
+
+        Raises:
+            InputError: the autoencoder's output is not finite.
+        """
+        z = latents.to(self.dtype) / self.vae.config.scaling_factor
+        # Few at a time: for a large picture the decoder takes more memory than everything before it.
+        count = max(1, 64**2 // z[0, 0].numel())
+        pixels = [self.vae.decode(part) for part in z.split(count)]
+        self._check(torch.cat(pixels), "autoencoder")
         array = torch.cat(pixels).float().div(2).add(0.5).clamp(0, 1).mul(255).round().byte()
         return [
             Image.fromarray(a) for a in array.permute(0, 2, 3, 1).cpu().numpy()
@@ -205,6 +246,9 @@ class StableDiffusion:
 
         Yields:
             (B, C, h, w) float32, `steps` times; the last are the finished latents.
+
+        Raises:
+            InputError: the size does not fit; or the UNet's first output is not finite.
         """
         width, height = self.check_size(size)
         f, device = self.vae.config.downscale, self.device
@@ -226,6 +270,8 @@ class StableDiffusion:
             x = torch.cat([x_t.to(self.dtype), *extra], dim=1)
             x = torch.cat([x, x]) if guided else x
             output = self.unet.denoise(x, [t[i : i + 1] for t in time], words).float()
+            if i == 0:
+                self._check(output, "UNet")
             if not guided:
                 return output
             without, with_prompt = output.chunk(2)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from PIL import Image
+from torch import Tensor
 
 from . import cli
 from .config import InputError
-from .data import CROPS, contact_sheet, encode_views, load_photos, make_views
+from .data import CROPS, Photo, View, contact_sheet, encode_views, load_photos, make_views
 from .files import write_atomically
 from .inversion import Word, initial_rows
 from .memory import training_memory
@@ -167,11 +169,7 @@ def check_out(out: Path, args: argparse.Namespace) -> bool:
     """
     saved = out / "config.yaml"
     if args.resume and saved.exists():
-        before, now = cli.read_yaml(saved), yaml.safe_load(cli.to_yaml(args))
-        for key in sorted({*before, *now} - set(MAY_DIFFER)):
-            if before.get(key) != now.get(key):
-                change = f"{key} was {before.get(key)!r}, now it is {now.get(key)!r}"
-                raise InputError(f"{saved}: {change}; a run can only be resumed as it was")
+        cli.check_unchanged(saved, args, MAY_DIFFER)
         return True
     # A run that was killed while it wrote its very first file leaves a hidden one.
     if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
@@ -195,6 +193,14 @@ def start_out(out: Path, args: argparse.Namespace) -> None:
     write_atomically(out / "config.yaml", cli.to_yaml(args))
 
 
+def fingerprint(views: Sequence[View], photos: Sequence[Photo]) -> Tensor:
+    """What a word is learned from in 32 bytes, which tell whether it has changed; (32,) uint8."""
+    digest = hashlib.sha256(repr([photo.caption for photo in photos]).encode())
+    for view in views:
+        digest.update(view.pixels.numpy().tobytes() + view.weight.numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
 def load_word(
     sd: StableDiffusion, spec: dict[str, Any], args: argparse.Namespace, lr_scale: float, out: Path
 ) -> tuple[Run, Image.Image]:
@@ -214,12 +220,13 @@ def load_word(
         seed=spec["seed"],
     )
     log.info("%s: %d photos, %d views of %d pixels", word.placeholder, len(photos), len(views), size)
-    return Run(word, out / spec["name"], spec["init_word"]), contact_sheet(views)
+    return Run(word, out / spec["name"], spec["init_word"], fingerprint(views, photos)), contact_sheet(views)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, learn, and leave a report."""
+    """Parse the command line, learn, and leave a report. Without arguments, the recipe `tiny`."""
     opts = options()
+    argv = (sys.argv[1:] if argv is None else argv) or ["--config", "tiny"]
     args = opts.parse(argv, required=["out"])
     out = Path(args.out)
     if args.resume and (out / "config.yaml").exists():
@@ -237,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.getLogger().setLevel(logging.WARNING)
 
     sd = cli.load_model(args)
+    sd.check_weights()
     sd.unet.gradient_checkpointing = args.gradient_checkpointing
     lr_scale = args.batch_size * args.accumulate * world if args.scale_lr else 1
     runs, sheets = zip(*(load_word(sd, spec, args, lr_scale, out) for spec in specs), strict=True)
@@ -248,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         start_out(out, args)
     if rank == 0:
         for run, sheet in zip(runs, sheets, strict=True):
-            write_atomically(run.folder / "inputs.png", encode_png(sheet, {}))
+            if not (path := run.folder / "inputs.png").exists():
+                write_atomically(path, encode_png(sheet, {}))
     if world > 1:
         dist.barrier()
     if args.resume:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from . import __version__, cli
 from .concept import Concept
@@ -42,8 +43,9 @@ class Run:
     word: Word
     folder: Path
     init_word: str
+    fingerprint: Tensor  # of the photos as trained
     rows: list[dict[str, float | None]] = field(default_factory=list)  # log.csv
-    best: torch.Tensor | None = None  # the vectors at the lowest eval loss
+    best: Tensor | None = None  # the vectors at the lowest eval loss
     best_loss: float = float("inf")
     best_step: int = 0
 
@@ -91,7 +93,10 @@ class Trainer:
             replace=args.replace_word,
             rank=rank,
             world=world,
+            compiled=args.compile,
         )
+        self._inits = [run.word.init.to(sd.device) for run in runs]
+        self._unread: list[tuple[list[float], Tensor]] = []  # of the steps not yet logged; see `_measure`
         self.state_path = Path(args.out) / "state.safetensors"
         for template in args.sample_prompt:
             if "{}" not in template:
@@ -108,6 +113,12 @@ class Trainer:
             state = load_file(self.state_path)
         except SafetensorError as error:
             raise InputError(f"{self.state_path}: is damaged ({error}); remove it to start again") from None
+        for i, run in enumerate(self.runs):
+            if not torch.equal(state.get(f"photos.{i}", run.fingerprint), run.fingerprint):
+                raise InputError(
+                    f"{run.folder}: the photos or captions of {run.word.placeholder!r} are not those the run "
+                    "began with; put them back, or start again with --overwrite"
+                )
         self.inversion.load_state_dict(state)
         for i, run in enumerate(self.runs):
             run.rows = read_log(run.folder / "log.csv", self.inversion.step_count)
@@ -120,23 +131,28 @@ class Trainer:
         """Take all steps that are left. False if it was asked to stop before."""
         args, steps = self.args, self.args.steps
         progress = cli.Progress(steps, "step", self.inversion.step_count)
+        # A GPU is not kept waiting for its own results: they are read some steps later, together.
+        patience = 1 if self.sd.device.type == "cpu" else 20
+
+        def due(every: int) -> bool:
+            done = self.inversion.step_count
+            return bool(every) and (done % every == 0 or done == steps)
+
         try:
             while self.inversion.step_count < steps and not self._converged():
-                start = time.monotonic()
-                losses = self.inversion.step().tolist()
-                step = self.inversion.step_count
-                seconds = time.monotonic() - start
-                evals = [None] * len(losses)
-                if args.eval_every and (step % args.eval_every == 0 or step == steps):
-                    evals = self._evaluate()
-                self._log(losses, evals, seconds)
-                mean = np.mean(losses)
-                latest = [run.evaluations[-1] for run in self.runs if run.evaluations]
-                progress.step(f"loss {mean:.4f}" + (f", eval loss {np.mean(latest):.4f}" if latest else ""))
-                if args.sample_every and (step % args.sample_every == 0 or step == steps):
-                    self._preview()
+                if not self._unread:
+                    self._since = time.monotonic()
+                self._unread.append(self._measure(self.inversion.step(check=False)))
                 asked = stop.anywhere(self.world)
-                if step % args.save_every == 0 or step == steps or asked:
+                evaluate, preview, save = map(due, (args.eval_every, args.sample_every, args.save_every))
+                if len(self._unread) >= patience or evaluate or preview or save or asked:
+                    self._read()
+                if evaluate:
+                    self._evaluate()
+                progress.step(self._note())
+                if preview:
+                    self._preview()
+                if save or asked:
                     self.save()
                 if asked:
                     return False
@@ -148,15 +164,21 @@ class Trainer:
         self.save()
         return True
 
-    def _evaluate(self) -> list[float]:
+    def _note(self) -> str:
+        rows = [run.rows[-1] for run in self.runs if run.rows]
+        latest = [run.evaluations[-1] for run in self.runs if run.evaluations]
+        loss = f"loss {np.mean([row['loss'] for row in rows]):.4f}" if rows else ""
+        return loss + (f", eval loss {np.mean(latest):.4f}" if latest else "")
+
+    def _evaluate(self) -> None:
         values = self.inversion.evaluate().cpu()
         if self.world > 1:
             dist.broadcast(values, 0)
         for i, (run, value) in enumerate(zip(self.runs, values.tolist(), strict=True)):
+            run.rows[-1]["eval_loss"] = value
             if value < run.best_loss:
                 run.best, run.best_loss = self.inversion.concept(i).vectors, value
                 run.best_step = self.inversion.step_count
-        return values.tolist()
 
     def _converged(self) -> bool:
         """DVAR's rule (arXiv 2302.04841): the eval losses of every word vary much less than at first."""
@@ -168,19 +190,29 @@ class Trainer:
             for run in self.runs
         )
 
-    def _log(self, losses: Sequence[float], evals: Sequence[float | None], seconds: float) -> None:
+    @torch.no_grad()
+    def _measure(self, losses: Tensor) -> tuple[list[float], Tensor]:
+        """Of each word after a step: the learning rate; and, still on the device, loss, norm and cosine."""
+        norms = [rows.norm(dim=1).mean() / self.inversion.vocabulary_norm for rows in self.inversion.rows]
+        cosines = [
+            F.cosine_similarity(rows, init).mean()
+            for rows, init in zip(self.inversion.rows, self._inits, strict=True)
+        ]
+        rates = [group["lr"] for group in self.inversion.optimizer.param_groups]
+        return rates, torch.stack([losses, torch.stack(norms), torch.stack(cosines)], dim=1)  # (words, 3)
+
+    def _read(self) -> None:
+        """Wait for the steps since the last time, and log them."""
+        self.inversion.check()
+        rates, values = zip(*self._unread, strict=True)
+        values = torch.stack(values).tolist()  # (steps, words, 3)
+        seconds = (time.monotonic() - self._since) / len(values)
+        first = self.inversion.step_count - len(values) + 1
         for i, run in enumerate(self.runs):
-            rows, init = self.inversion.rows[i].detach().cpu(), run.word.init
-            row = {
-                "step": self.inversion.step_count,
-                "loss": losses[i],
-                "eval_loss": evals[i],
-                "lr": self.inversion.optimizer.param_groups[i]["lr"],
-                "norm": rows.norm(dim=1).mean().item() / self.inversion.vocabulary_norm,
-                "cosine": F.cosine_similarity(rows, init).mean().item(),
-                "seconds": seconds,
-            }
-            run.rows.append(row)
+            for step, (lr, row) in enumerate(zip(rates, values, strict=True), first):
+                numbers = (step, row[i][0], None, lr[i], row[i][1], row[i][2], seconds)
+                run.rows.append(dict(zip(COLUMNS, numbers, strict=True)))
+        self._unread.clear()
 
     def _preview(self) -> None:
         """What the words look like now, each in its prompts, always with the same seeds."""
@@ -211,6 +243,7 @@ class Trainer:
                 "seed": str(run.word.seed),
                 "minti": __version__,
             }
+            state[f"photos.{i}"] = run.fingerprint
             concept = self.inversion.concept(i, metadata)
             concept.save(run.folder / "embeds" / f"step-{self.inversion.step_count:06d}.safetensors")
             if run.best is not None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Attention
+from .attention import Attention, linear_together
 from .config import UNetConfig
 
 KeyValue = tuple[Tensor, Tensor]
@@ -255,7 +255,7 @@ class UNet(nn.Module):
         """All blocks in the order of the forward pass."""
         return [*self.down_blocks, *([self.mid_block] if self.mid_block is not None else []), *self.up_blocks]
 
-    def embed_time(self, t: Tensor, added: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+    def embed_time(self, t: Tensor, added: tuple[Tensor, Tensor] | None = None) -> Sequence[Tensor]:
         """What each residual block adds for time steps t.
 
         Args:
@@ -275,12 +275,16 @@ class UNet(nn.Module):
             sizes = sizes.view(len(pooled), -1).to(dtype)  # (6N, 256) -> (N, 6*256)
             emb = emb + self.add_embedding(torch.cat([pooled, sizes], dim=-1))
         emb = F.silu(emb)
-        return [resnet.time_emb_proj(emb) for block in self._blocks() for resnet in block.resnets]
+        projections = [resnet.time_emb_proj for block in self._blocks() for resnet in block.resnets]
+        return linear_together(projections, emb)
 
     def embed_context(self, context: Tensor) -> list[list[KeyValue]]:
         """Keys and values of the prompt's words (B, L, D) for each block of each transformer, in order."""
         transformers = [transformer for block in self._blocks() for transformer in block.attentions]
-        return [[block.attn2.project(context) for block in t.transformer_blocks] for t in transformers]
+        attentions = [block.attn2 for t in transformers for block in t.transformer_blocks]
+        projections = [layer for attention in attentions for layer in (attention.to_k, attention.to_v)]
+        parts = iter(linear_together(projections, context))
+        return [[(next(parts), next(parts)) for _ in t.transformer_blocks] for t in transformers]
 
     def denoise(self, x: Tensor, time: Sequence[Tensor], words: Sequence[Sequence[KeyValue]]) -> Tensor:
         """(B, C, h, w) noisy latents -> (B, out_channels, h, w); see `embed_time` and `embed_context`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -132,8 +133,13 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """The autoencoder of all Stable Diffusion models; module names are the keys of diffusers checkpoints.
 
-    Latents here are as the encoder gives them; `StableDiffusion` multiplies them by the scaling factor.
+    Latents here are as the encoder gives them; `StableDiffusion` multiplies them by the scaling factor. With
+    `tile` set, latents of more than that height or width are decoded in squares of that size, which overlap
+    and fade into each other. It takes the memory of one square, however large the picture, but each square is
+    normalised by itself, so that colours may come out slightly different.
     """
+
+    tile: int | None = None
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -150,4 +156,30 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) unscaled latents -> (B, 3, H, W) pixels, about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents))
+        if self.tile is None or max(latents.shape[2:]) <= self.tile:
+            return self.decoder(self.post_quant_conv(latents))
+        f, (height, width) = self.config.downscale, latents.shape[2:]
+        rows, columns = min(self.tile, height), min(self.tile, width)
+        fade = fading(rows * f)[:, None] * fading(columns * f)  # (tile H, tile W)
+        fade = fade.to(latents.device)
+        pixels = torch.zeros(
+            len(latents), self.config.out_channels, height * f, width * f, device=fade.device
+        )
+        total = torch.zeros(height * f, width * f, device=fade.device)
+        for top, left in product(starts(height, rows), starts(width, columns)):
+            part = self.decoder(self.post_quant_conv(latents[..., top : top + rows, left : left + columns]))
+            y, x = slice(top * f, (top + rows) * f), slice(left * f, (left + columns) * f)
+            pixels[..., y, x] += part.float() * fade
+            total[y, x] += fade
+        return (pixels / total).to(latents.dtype)
+
+
+def starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin that cover a length and overlap by at least a quarter."""
+    return [*range(0, length - tile, tile - tile // 4), length - tile]
+
+
+def fading(size: int) -> Tensor:
+    """Weights across a tile, (size,): one in the middle, falling to about zero in the quarter at each end."""
+    distance = torch.arange(size) + 0.5
+    return (torch.minimum(distance, size - distance) / (size // 4)).clamp(max=1)

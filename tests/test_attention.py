@@ -57,6 +57,6 @@ def test_module(context_dim, bias):
     module = Attention(32, context_dim or 32, heads=4, qkv_bias=bias)
     module.load_state_dict(reference.state_dict(), strict=True)
     x, context = torch.randn(2, 15, 32), torch.randn(2, 7, context_dim) if context_dim else None
-    kv = None if context is None else module.project(context)
+    kv = None if context is None else (module.to_k(context), module.to_v(context))
     with torch.no_grad():
         assert_parity({"": (module(x, kv), reference(x, context))})

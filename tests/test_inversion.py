@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import minti
 from minti import Concept, InputError, StableDiffusion
+from minti import inversion as inversion_module
 from minti.data import Latents, encode_views, load_photos, make_views
 from minti.draws import Samples, Settings, Word, draw, photo_word
 from minti.inversion import Diverged, Inversion, initial_rows
@@ -487,6 +489,40 @@ def test_gradient_checkpointing(load: Callable) -> None:
         saved.append(size)
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
     assert gradients[0].abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_compiles_into_one_graph(
+    checkpointing: bool, load: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses and rows. Without a code generator, which would take minutes."""
+    graph = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(inversion_module, "compile_for", lambda device, function: graph(function))
+    results = []
+    for compiled in (False, True):
+        sd = load()
+        sd.unet.gradient_checkpointing = checkpointing
+        inversion = Inversion(sd, [a_word(sd, 2)], Settings(), compiled=compiled)
+        losses = [*(inversion.step() for _ in range(2)), inversion.evaluate()]
+        results.append((*losses, inversion.rows[0].detach()))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_that_are_checked_later(load: Callable) -> None:
+    """Whether or not each is looked at, the steps are the same, and so is what is left after a failure."""
+    results = []
+    for check in (True, False):
+        sd = load()
+        inversion = Inversion(sd, [a_word(sd)], Settings())
+        losses = [inversion.step(check=check) for _ in range(3)]
+        inversion.rows[0].register_hook(lambda grad: grad * float("nan"))
+        with pytest.raises(Diverged, match=r"^step 4: .* the learning rate is too high"):
+            for _ in range(1 if check else 3):
+                inversion.step(check=check)
+            inversion.check()
+        assert inversion.step_count == 3
+        results.append((torch.stack(losses), inversion.rows[0].detach().clone()))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_the_masked_part_of_a_photo_does_not_count(load: Callable) -> None:

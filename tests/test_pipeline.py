@@ -8,7 +8,8 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline
 
 import minti
-from minti import Concept
+from minti import Concept, pipeline
+from minti.config import InputError
 
 from . import oracles
 from .compare import assert_parity, compare_pictures
@@ -185,3 +186,24 @@ def test_every_step_is_yielded(models):
     assert [x.shape for x in steps] == [(3, 4, 8, 8)] * 4
     images = sd.sample(PROMPTS[0], steps=4, num_images=3, seed=5)
     assert [i.tobytes() for i in images] == [i.tobytes() for i in sd.decode_latents(steps[-1])]
+
+
+def test_a_weight_that_is_not_a_number(models):
+    """Found where it does harm, and named; a model that merely overflows is told apart."""
+    sd = copy.deepcopy(models()[0])
+    sd.vae.decoder.conv_out.register_forward_hook(lambda module, args, output: output * float("inf"))
+    with pytest.raises(InputError, match="the autoencoder overflows in float32"):
+        sd.sample("a cat", steps=1)
+    sd.unet.conv_out.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"unet conv_out.weight holds NaN or infinity as float32"):
+        sd.sample("a cat", steps=2)
+
+
+def test_the_denoiser_compiles_into_one_graph(models, monkeypatch):
+    """Without a code generator, which would take minutes: the graph is what is at stake, and its result."""
+    sd = copy.deepcopy(models()[0])
+    expected = [*sd.denoise(["the cat"], [0], steps=3)]
+    graph = torch.compile(sd.unet.denoise, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(pipeline, "compile_for", lambda device, function: graph)
+    sd.compile()
+    torch.testing.assert_close([*sd.denoise(["the cat"], [0], steps=3)], expected, rtol=1e-5, atol=1e-5)

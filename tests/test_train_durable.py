@@ -291,6 +291,25 @@ def test_resume_as_another_run(
     assert snapshot(done) == before
 
 
+@pytest.mark.parametrize("change", ["picture", "caption"])
+def test_resume_with_other_photos(
+    change: str, run_to: Callable, done: Path, base: Path, tmp_path: Path
+) -> None:
+    """The folder is the same, what is in it is not."""
+    shutil.copytree(base / "photos", tmp_path / "photos")
+    run_to("--images", str(tmp_path / "photos"), "--overwrite")
+    run_to("--resume", "--images", str(tmp_path / "photos"))
+    before = snapshot(done)
+    picture = min(tmp_path.glob("photos/*.png"))
+    if change == "picture":
+        Image.new("RGB", (20, 20), "teal").save(picture)
+    else:
+        picture.with_suffix(".txt").write_text("a drawing of {}")
+    with pytest.raises(InputError, match="photos or captions of '<toy>' are not those the run began with"):
+        run_to("--resume", "--images", str(tmp_path / "photos"))
+    assert snapshot(done) == before
+
+
 @pytest.mark.parametrize("name", ["state.safetensors", "config.yaml", "log.csv"])
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "gone"])
 def test_resume_of_a_damaged_run(

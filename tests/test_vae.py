@@ -60,3 +60,30 @@ def test_sample_without_generator_has_the_moments():
     assert normal.numel() == 20_000
     assert abs(normal.mean().item()) < 5 / 20_000**0.5
     assert abs(normal.var().item() - 1) < 0.06
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 20), (30, 8), (5, 23)])
+def test_tiles_cover_the_picture_without_seams(height, width):
+    """With a decoder whose pixels depend on nothing but the latent below, tiles change nothing."""
+    vae = compare.ours(oracles.vae())
+    f = vae.config.downscale
+    vae.decoder.forward = lambda z: F.interpolate(z[:, :3], scale_factor=f, mode="nearest")
+    latents = torch.randn(2, 4, height, width)
+    whole = vae.decode(latents)
+    vae.tile = 8
+    torch.testing.assert_close(vae.decode(latents), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_tiles_of_a_real_decoder():
+    """Close to the whole picture, and decoded piece by piece; equal where one tile is enough."""
+    vae, latents = compare.ours(oracles.vae()), torch.randn(1, 4, 24, 12)
+    whole, seen = vae.decode(latents), []
+    vae.tile = 24
+    assert torch.equal(vae.decode(latents), whole)
+    vae.tile = 12
+    vae.decoder.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[2:]))
+    tiled = vae.decode(latents)
+    assert seen == [(12, 12)] * 3
+    # With random weights the statistics of a part differ much from those of the whole. A tile in the wrong
+    # place would give an error of about twice the variance.
+    assert (tiled - whole).square().mean() < 0.5 * whole.var()
