@@ -1,0 +1,134 @@
+"""python tools/bench: how fast minti and its peers are at the same work, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+import minti
+from minti import cli, kernels
+from minti.config import InputError
+from minti.files import write_atomically
+from minti.pipeline import DTYPES
+from tools.bench import jobs, parts
+from tools.bench.floor import speed
+from tools.bench.models import MODELS
+from tools.bench.table import Row, to_markdown
+
+PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(prog="python tools/bench", description=__doc__)
+    count = cli.number(int, 1)
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=parts.PARTS, help=", ".join(parts.PARTS))
+    parser.add_argument("--small", action="store_true", help="two minutes: the tiny model, few repeats")
+    parser.add_argument("--full", action="store_true", help="on a CPU too, scaling of the large model; hours")
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="by default all")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the weights, one or several")
+    parser.add_argument("--batch-size", type=count, default=1, help="pictures at a time (default: 1)")
+    parser.add_argument("--size", type=count, metavar="PX", help="by default what the model was trained on")
+    parser.add_argument("--steps", type=count, help="of sampling: 50; large model on a CPU: 4")
+    parser.add_argument("--repeats", type=count, help="rounds: 20; large model: 5")
+    parser.add_argument("--compile", action="store_true", help="minti compiled, too")
+    parser.add_argument("--attention", choices=kernels.METHODS, default="sdpa", help="of minti")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="diffusers too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="everything measured, as JSON")
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # see jobs.in_child
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no GPU here that torch can use")
+    args.model = args.model or (["tiny"] if args.small else list(MODELS))
+    both = ["float32", "bfloat16"]
+    args.dtype = args.dtype or (["bfloat16"] if args.device != "cpu" else both[:1] if args.small else both)
+    args.only = args.only or list(parts.PARTS)
+    if args.small:
+        args.repeats, args.steps = args.repeats or 3, args.steps or 20
+    return args
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2] for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0].strip() if names else cpu
+    found = {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "minti": minti.__version__,
+    }
+    for package in PACKAGES:
+        if importlib.util.find_spec(package):
+            found[package] = importlib.metadata.version(package)
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print a table for each part."""
+    args = arguments(argv)
+    if args.child:
+        print(json.dumps(jobs.child(args.child)))
+        return
+    names = [jobs.MINTI, jobs.COMPILED, jobs.PEER] if args.compile else [jobs.MINTI, jobs.PEER]
+    there = all(map(importlib.util.find_spec, ("diffusers", "transformers")))
+    if args.peers and not there:
+        parts.note('no diffusers or transformers here (pip install -e ".[bench]"): minti alone is measured')
+    if not args.peers or not there:
+        names.remove(jobs.PEER)
+    # Before the peers are imported: they should say nothing, and look for nothing in the network.
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    where = machine(args.device)
+    if where["load average"] > 0.5:
+        parts.note(f"other programs are running (load average {where['load average']}): do not rely on this")
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    speeds = {dtype: speed(args.device, dtype) for dtype in args.dtype}
+    for dtype, rate in speeds.items():
+        print(f"{dtype}: {rate / 1e9:,.0f} GFLOP/s in a matrix product, which is what floors assume")
+
+    rows: list[Row] = []
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "child")}
+    with tempfile.TemporaryDirectory(prefix="minti-bench-") as work:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{work}/compiled"  # nothing there from an earlier run
+        bench = parts.Bench(args, names, Path(work))
+        for table in (table for part in args.only for table in parts.PARTS[part](bench)):
+            rows += table
+            print(f"\n{to_markdown(table)}", flush=True)
+            if args.out:  # whatever happens next, what was measured is kept
+                found = {
+                    "machine": where,
+                    "settings": settings,
+                    "matrix product, FLOP/s": speeds,
+                    "differences": bench.checks,
+                    "rows": [dataclasses.asdict(row) for row in rows],
+                }
+                write_atomically(args.out, json.dumps(found, indent=1).encode())
+
+
+if __name__ == "__main__":
+    cli.run("bench", main)

@@ -1,0 +1,70 @@
+"""minti's side: what `minti.train` and `minti.sample` do, without their files."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import minti
+from minti import kernels
+from minti.data import encode_views, load_photos, make_views
+from minti.draws import Samples, Settings, Word, draw
+from minti.inversion import Inversion, initial_rows
+
+from .jobs import Job
+from .models import GUIDANCE_SCALE, INIT_WORD, PLACEHOLDER, PROMPT
+
+
+def load(job: Job) -> list[nn.Module]:
+    sd = _load(job)
+    return [sd.text_encoder, sd.unet, sd.vae]
+
+
+def _load(job: Job) -> minti.StableDiffusion:
+    sd = minti.load(job.checkpoint, device=job.device, dtype=job.dtype)
+    kernels.use(job.attention, sd.device)
+    return sd
+
+
+class Training:
+    """See `jobs.Training`. Which samples a step looks at follows from the seed, whatever it is given."""
+
+    def __init__(self, job: Job, compiled: bool = False) -> None:
+        sd = _load(job)
+        latents = encode_views(sd, make_views(load_photos(job.photos), job.size, flip=True))
+        sd.vae.to("cpu")
+        rows = initial_rows(sd, "word", INIT_WORD, job.vectors)
+        names = [PLACEHOLDER, *(f"<toy-{i}>" for i in range(1, job.concepts))]
+        words = [Word(name, rows, latents, seed=i) for i, name in enumerate(names)]
+        self.inversion = Inversion(sd, words, Settings(batch_size=job.batch_size), compiled=compiled)
+
+    def samples(self) -> Samples:
+        """What the next step will look at."""
+        i = self.inversion
+        total = i.sd.schedule.config.num_train_timesteps
+        return draw(i.words[0], i.settings, total, i.settings.batch_size, i.step_count)
+
+    def step(self, samples: Samples | None = None) -> Tensor:
+        # A GPU is not made to wait for each result; the trainer looks at them some steps later.
+        return self.inversion.step(check=self.inversion.sd.device.type == "cpu")
+
+    def rows(self) -> Tensor:
+        return self.inversion.concept(0).vectors
+
+
+class Sampling:
+    """See `jobs.Sampling`."""
+
+    def __init__(self, job: Job, compiled: bool = False) -> None:
+        self.job = job
+        self.sd = _load(job)
+        if compiled:
+            self.sd.compile()
+
+    def latents(self) -> Tensor:
+        seeds = range(self.job.batch_size)
+        options = {"steps": self.job.steps, "guidance_scale": GUIDANCE_SCALE, "size": self.job.size}
+        *_, latents = self.sd.denoise([PROMPT] * len(seeds), seeds, **options)
+        return latents
+
+    def decode(self, latents: Tensor) -> None:
+        self.sd.decode_latents(latents)
