@@ -17,7 +17,7 @@ def short(value: float, digits: int = 3) -> str:
     return re.sub(r"e([+-])0*", r"e\1", text).replace("e+", "e")
 
 
-def _ticks(low: float, high: float, log: bool = False, most: int = 7) -> list[tuple[float, str]]:
+def ticks(low: float, high: float, log: bool = False, most: int = 7) -> list[tuple[float, str]]:
     """Some `most` round numbers between low and high, with labels; `log`: between their powers of ten."""
     if log:
         numbers = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
@@ -68,11 +68,11 @@ def chart(
         return [f"{a:.1f} {b:.1f}" for a, b in zip(px, py, strict=True)]
 
     svg = []
-    for v, label in _ticks(low, high, log):
+    for v, label in ticks(low, high, log):
         y = HEIGHT - BOTTOM - (v - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
         svg.append(f'<path class=rule d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         svg.append(f"<text x={LEFT - 7} y={y + 4:.1f} text-anchor=end>{label}</text>")
-    for v, label in _ticks(0, end, most=5):
+    for v, label in ticks(0, end, most=5):
         if v == int(v):
             x = LEFT + v / end * (WIDTH - LEFT - RIGHT)
             svg.append(f"<text x={x:.1f} y={HEIGHT - BOTTOM + 17} text-anchor=middle>{label}</text>")

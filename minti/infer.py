@@ -8,10 +8,12 @@ model, without its prefix, and raise KeyError for a key that should be there.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
-from .config import InputError, TextConfig, UNetConfig, VAEConfig
+from .config import InputError, TextConfig, UNetConfig, VAEConfig, VisionConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,6 +52,32 @@ def openclip_text_config(shapes: Shapes) -> TextConfig:
         max_position_embeddings=shapes["positional_embedding"][0],
         hidden_act="gelu",
         eos_token_id=min(vocab_size, 49408) - 1,
+    )
+
+
+def openai_text_config(shapes: Shapes) -> TextConfig:
+    """From the keys of OpenAI's CLIP, which are OpenCLIP's; here the last layer counts."""
+    text = openclip_text_config(shapes)
+    return replace(
+        text,
+        num_hidden_layers=text.num_hidden_layers + 1,
+        hidden_act="quick_gelu",
+        projection_dim=shapes["text_projection"][1],
+    )
+
+
+def openai_vision_config(shapes: Shapes) -> VisionConfig:
+    """From the keys of OpenAI's CLIP (`visual...`), those with a vision transformer."""
+    hidden, projection_dim = shapes["visual.proj"]
+    patch_size = shapes["visual.conv1.weight"][-1]
+    return VisionConfig(
+        image_size=patch_size * math.isqrt(shapes["visual.positional_embedding"][0] - 1),
+        patch_size=patch_size,
+        hidden_size=hidden,
+        intermediate_size=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
+        num_hidden_layers=_count(shapes, r"visual\.transformer\.resblocks\.(\d+)\."),
+        num_attention_heads=max(1, hidden // 64),
+        projection_dim=projection_dim,
     )
 
 

@@ -1,4 +1,4 @@
-"""Where each of our weights is found in single-file checkpoints (CompVis and OpenCLIP layout).
+"""Where each of our weights is found in single-file checkpoints (CompVis, OpenCLIP and OpenAI layout).
 
 Our own names are those of diffusers folders, so folders need no map, only a few aliases (`FOLDER_ALIASES`).
 For single files the tables below say, from our side, how a block is called there (`*_blocks`, which depends
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import TextConfig, UNetConfig, VAEConfig
+from .config import TextConfig, UNetConfig, VAEConfig, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def stored_shapes(ours: tuple[int, ...], form: str) -> list[tuple[int, ...]]:
         return [(3 * ours[0], *ours[1:])]
     if form == "conv":
         return [(*ours, 1, 1), ours]
-    return [ours]
+    return [ours[::-1] if form == "transposed" else ours]
 
 
 def to_ours(tensor: Tensor, form: str) -> Tensor:
@@ -46,7 +46,7 @@ def to_ours(tensor: Tensor, form: str) -> Tensor:
         ]  # (3D, ...) -> (D, ...): queries, keys and values were one matrix
     if form == "conv":
         return tensor.flatten(1)  # (out, in, 1, 1) -> (out, in); a few files have (out, in) already
-    return tensor
+    return tensor.T if form == "transposed" else tensor
 
 
 def to_single_file(ours: Mapping[str, Tensor], origins: Mapping[str, Origin]) -> dict[str, Tensor]:
@@ -57,6 +57,8 @@ def to_single_file(ours: Mapping[str, Tensor], origins: Mapping[str, Origin]) ->
         key, form, tensor = origin.key, origin.form, ours[name]
         if form in THIRDS:
             thirds.setdefault(key, {})[form] = tensor
+        elif form == "transposed":
+            theirs[key] = tensor.T
         else:
             theirs[key] = tensor[..., None, None] if form == "conv" else tensor
     return theirs | {key: torch.cat([parts[form] for form in THIRDS]) for key, parts in thirds.items()}
@@ -162,6 +164,27 @@ def openclip_blocks(config: TextConfig) -> dict[str, str]:
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
         "text_model.final_layer_norm.": "ln_final.",
         **{f"text_model.encoder.layers.{i}.": f"transformer.resblocks.{i}." for i in layers},
+    }
+
+
+# OpenAI's CLIP: the same names, and matrices (in, out) that lead into the space shared with pictures.
+OPENAI_LAYERS = OPENCLIP_LAYERS | {".weight": ("", "transposed")}
+
+
+def openai_text_blocks(config: TextConfig) -> dict[str, str]:
+    return openclip_blocks(config) | {"text_projection": "text_projection"}
+
+
+def openai_image_blocks(config: VisionConfig) -> dict[str, str]:
+    layers = range(config.num_hidden_layers)
+    return {
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.pre_layrnorm.": "visual.ln_pre.",
+        "vision_model.post_layernorm.": "visual.ln_post.",
+        "visual_projection": "visual.proj",
+        **{f"vision_model.encoder.layers.{i}.": f"visual.transformer.resblocks.{i}." for i in layers},
     }
 
 

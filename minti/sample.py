@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from .concept import Concept
 from .config import InputError
 from .files import write_atomically
 from .pipeline import StableDiffusion, image_grid
+from .scoring import Scorer, choose_clip
+from .tokenizer import replace_words
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,10 @@ def options() -> cli.Options:
     )
     opts.add(group, "--eta", 0.0, type=cli.number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
     opts.add(group, "--batch-size", 4, type=at_least_1, help="pictures at a time")
+    group = "choosing"
+    text = "make K candidates for every picture, and keep the one that CLIP finds closest to the prompt"
+    opts.add(group, "--rank-by-clip", 1, type=at_least_1, metavar="K", help=text)
+    opts.add_judge(group)
     opts.add_model()
     return opts
 
@@ -104,6 +110,27 @@ def load_with_concepts(args: argparse.Namespace) -> tuple[StableDiffusion, dict[
     return sd, concepts
 
 
+def load_judge(args: argparse.Namespace, sd: StableDiffusion) -> Scorer:
+    """The CLIP that chooses among candidates. Raises InputError if it cannot, or has no text to go by."""
+    scorer = Scorer.load(
+        choose_clip(args.clip, args.checkpoint), device=sd.device, tokenizer=args.clip_tokenizer
+    )
+    for prompt in args.prompt:
+        if not any(c.isalnum() for c in replace_words(prompt, sd.tokenizer.placeholders)):
+            raise InputError(f"--rank-by-clip: {prompt!r} says nothing but the learned word; add to it")
+    return scorer
+
+
+def choose(
+    scorer: Scorer, learned: Iterable[str], candidates: Sequence[tuple[Job, Image.Image]]
+) -> tuple[Job, Image.Image, float]:
+    """Of pictures of one prompt the closest to it, learned words left out, and how close: the cosine."""
+    text = replace_words(candidates[0][0].prompt, learned)
+    images = scorer.embed_images([image for _, image in candidates])  # (K, P)
+    cosines = images @ scorer.embed_texts([text])[0]
+    return *candidates[int(cosines.argmax())], cosines.max().item()
+
+
 def encode_png(image: Image.Image, text: dict[str, str]) -> bytes:
     """A picture as the bytes of a PNG file that carries `text` along."""
     info, buffer = PngInfo(), io.BytesIO()
@@ -117,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make the pictures, write them one by one and a grid of all at the end."""
     args = options().parse(argv, required=["checkpoint", "prompt", "out"])
     out = Path(args.out)
-    jobs = plan_jobs(args.prompt, args.seed, args.num_images, out)
+    jobs = plan_jobs(args.prompt, args.seed, args.num_images * args.rank_by_clip, out)
     taken = [job.path for job in jobs if job.path.exists()]
     if taken and not args.overwrite:
         raise InputError(f"{taken[0]}: exists already; give another --out or --seed, or --overwrite")
@@ -130,7 +157,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     sd.schedule.timesteps(args.steps)
     sd.tokenizer([*args.prompt, args.negative_prompt])  # complains now rather than later
+    scorer = load_judge(args, sd) if args.rank_by_clip > 1 else None
     write_atomically(out / "config.yaml", cli.to_yaml(args))
+    if args.compile:
+        sd.compile()
 
     settings = {key: getattr(args, key) for key in ("steps", "guidance_scale", "eta", "checkpoint", "dtype")}
     settings |= {"width": width, "height": height, "negative_prompt": args.negative_prompt}
@@ -144,14 +174,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     how |= {"negative_prompt": args.negative_prompt}
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     progress = cli.Progress(len(batches) * args.steps, "step")
-    images, start = [], time.monotonic()
+    images, candidates, start = [], [], time.monotonic()
     try:
         for batch in batches:
             for x_t in sd.denoise([job.prompt for job in batch], [job.seed for job in batch], **how):
                 latents = x_t
                 progress.step()
-            for job, image in zip(batch, sd.decode_latents(latents), strict=True):
-                text = {"prompt": job.prompt, "seed": str(job.seed), "settings": json.dumps(settings)}
+            for candidate in zip(batch, sd.decode_latents(latents), strict=True):
+                candidates.append(candidate)
+                if len(candidates) < args.rank_by_clip:
+                    continue
+                (job, image), text = candidate, {}
+                if scorer:
+                    job, image, cosine = choose(scorer, sd.tokenizer.placeholders, candidates)
+                    text = {"clip": f"{cosine:.4f}, best of {len(candidates)}"}
+                candidates.clear()
+                text |= {"prompt": job.prompt, "seed": str(job.seed), "settings": json.dumps(settings)}
                 text |= {"concepts": json.dumps(learned), "software": f"minti {__version__}"}
                 write_atomically(job.path, encode_png(image, text))
                 images.append(image)

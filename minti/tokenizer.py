@@ -57,6 +57,26 @@ def clean(text: str) -> str:
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
+def _pattern_of(words: Iterable[str]) -> regex.Pattern[str]:
+    """Where any of some cleaned placeholder words stands in a cleaned text, as a group."""
+
+    def bounded(word: str) -> str:
+        before = r"(?<![\p{L}\p{N}])" if word[0].isalnum() else ""
+        after = r"(?![\p{L}\p{N}])" if word[-1].isalnum() else ""
+        return before + regex.escape(word) + after
+
+    return regex.compile("(" + "|".join(map(bounded, sorted(words, key=len, reverse=True))) + ")")
+
+
+def replace_words(text: str, words: Iterable[str], by: str = "") -> str:
+    """A cleaned prompt with placeholder words replaced, or left out, wherever a `Tokenizer` would see them.
+
+    replace_words("A photo of <toy>, on grass", ["<toy>"])  ->  "a photo of , on grass"
+    """
+    known = [clean(word) for word in words]
+    return clean(_pattern_of(known).sub(lambda _: by, clean(text)) if known else text)
+
+
 class Tokenizer:
     """Text to token ids, exactly as OpenAI's CLIP does it.
 
@@ -165,13 +185,7 @@ class Tokenizer:
                 )
         self.placeholders[key] = list(ids)
 
-        def bounded(text: str) -> str:
-            before = r"(?<![\p{L}\p{N}])" if text[0].isalnum() else ""
-            after = r"(?![\p{L}\p{N}])" if text[-1].isalnum() else ""
-            return before + regex.escape(text) + after
-
-        longest_first = sorted(self.placeholders, key=len, reverse=True)
-        self._placeholder_pattern = regex.compile("(" + "|".join(map(bounded, longest_first)) + ")")
+        self._placeholder_pattern = _pattern_of(self.placeholders)
 
     def remove_placeholder(self, word: str) -> None:
         """Forget a placeholder word again."""

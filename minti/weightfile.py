@@ -216,7 +216,7 @@ class _Parameters(dict):
             self.update(parameters)
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
     """Builds tensors and plain containers; all else is inert. An obvious attack is reported."""
 
     ALLOWED = frozenset(
@@ -262,8 +262,8 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 # What torch.load expects of a pickle module.
 _RESTRICTED = SimpleNamespace(
-    Unpickler=_RestrictedUnpickler,
-    load=lambda file, **options: _RestrictedUnpickler(file, **options).load(),
+    Unpickler=RestrictedUnpickler,
+    load=lambda file, **options: RestrictedUnpickler(file, **options).load(),
     UnpicklingError=pickle.UnpicklingError,
     __name__="restricted_pickle",
 )

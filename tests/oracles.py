@@ -10,6 +10,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -193,6 +195,29 @@ def image_encoder(**changes) -> CLIPVisionModelWithProjection:
     small |= {"image_size": 32, "patch_size": 8, "projection_dim": 24}
     torch.manual_seed(4)
     return randomise(CLIPVisionModelWithProjection(CLIPVisionConfig(**small | changes)), 4)
+
+
+def clip(vocab_size: int = 600, **changes) -> CLIPModel:
+    """A whole CLIP. `changes` are to the config of the image encoder."""
+    text = TEXTS["small"] | {"vocab_size": vocab_size, "pad_token_id": 0}
+    text |= {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "hidden_size": 64}
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
+    vision |= {"image_size": 32, "patch_size": 8} | changes
+    torch.manual_seed(5)
+    return randomise(CLIPModel(CLIPConfig(projection_dim=24, text_config=text, vision_config=vision)), 5)
+
+
+def save_clip(folder: Path, **changes) -> CLIPModel:
+    """A transformers folder of a CLIP, and the model in it."""
+    write_tokenizer(folder)
+    model = clip(len(json.loads((folder / "vocab.json").read_text(encoding="utf-8"))), **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+def add_image_encoder(folder: Path) -> None:
+    """Make a checkpoint of the family "small" judge its own pictures, as weights/tiny does."""
+    image_encoder(projection_dim=TEXTS["small"]["hidden_size"]).save_pretrained(folder / "image_encoder")
 
 
 @functools.cache

@@ -96,11 +96,11 @@ def test_modules_have_the_keys_and_shapes_of_published_folders(model: str, part:
     ],
 )
 def test_other_spellings_of_folders_are_claimed_key_by_key(model: str, part: str, name: str) -> None:
-    from minti.layouts import _find_alias
+    from minti.layouts import find_alias
 
     theirs = manifest(f"{name}.json")
     ours = shapes(on_meta(model, part).state_dict())
-    found = {_find_alias(key, set(theirs)): shape for key, shape in ours.items()}
+    found = {find_alias(key, set(theirs)): shape for key, shape in ours.items()}
     left = {key for key in theirs if key not in found}
     assert {key: theirs[key] for key in found} == found
     assert all(keymap.IGNORED.fullmatch(key) for key in left)

