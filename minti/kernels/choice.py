@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 METHODS = ("auto", "sdpa", "triton")
 
 _method, _device = "sdpa", torch.device("cpu")
-_kernel: ModuleType | None = None  # the module `operator`, imported when wanted, since it needs Triton
+_kernel: ModuleType | None = None  # the module `launch`, imported when wanted, since it needs Triton
 _is_faster: dict[tuple, bool] = {}
 
 
@@ -34,7 +34,7 @@ def use(method: str, device: torch.device) -> None:
 
     Args:
         method: "sdpa", "triton", or "auto": for each shape, whichever is faster. What the kernel does not do
-            (see `kernels.operator.supports`) stays with SDPA.
+            (see `kernels.launch.supports`) stays with SDPA.
         device: where the model is.
 
     Raises:
@@ -53,7 +53,7 @@ def _import_kernel(device: torch.device) -> str | None:
     """Get the kernel ready. Returns what is missing."""
     global _kernel
     try:
-        _kernel = importlib.import_module(".operator", __package__)
+        _kernel = importlib.import_module(".launch", __package__)
     except ImportError as error:
         return f"needs the package triton ({error}): pip install triton"
     torch.compiler.assume_constant_result(_measure)  # torch.compile runs it as it is, while it compiles
@@ -77,7 +77,7 @@ def chosen(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The kernel, see `kernels.operator.flash_attention`; only where `chosen` says so."""
+    """The kernel, see `kernels.launch.flash_attention`; only where `chosen` says so."""
     return _kernel.flash_attention(q, k, v)
 
 
@@ -119,7 +119,7 @@ def timings(
     """
     from triton.testing import do_bench
 
-    from . import operator
+    from . import launch
 
     B, H, N, D = shape
     with torch.cuda.device(device):
@@ -137,7 +137,7 @@ def timings(
             if gradients:
                 torch.autograd.grad(o, (q, k, v), do)
 
-        candidates = {"sdpa": F.scaled_dot_product_attention, "triton": operator.flash_attention}
+        candidates = {"sdpa": F.scaled_dot_product_attention, "triton": launch.flash_attention}
         return {
             name: 1e-3 * do_bench(lambda f=f: run(f), rep=milliseconds, return_mode="median")
             for name, f in candidates.items()

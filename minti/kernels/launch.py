@@ -1,4 +1,4 @@
-"""The kernels as an operator of PyTorch: launched, differentiated, and known to torch.compile."""
+"""The kernels as operators of PyTorch: launched, differentiable, and known to torch.compile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROGRAMS = 256  # enough to keep a large GPU busy
 
 
 def _options(q: Tensor, M: int, block_n: int, block_m: int, **options: int) -> dict[str, Any]:
-    """What launches have in common. The blocks fit in the registers and 99 KB of shared memory, also here."""
+    """What all launches share. Blocks are such that the tiles fit in registers and 99 KB of shared memory."""
     N, D = q.shape[2:]
     largest = 32 if q.dtype == torch.float32 else 128
     block_n, block_m = (
@@ -89,7 +89,7 @@ def _attention_backward(
             PART=blocks_n // parts * options["BLOCK_N"],
             **options,
         )
-    # (B, parts, M, H, D) -> (B, H, M, D)
+    # (B, parts, M, H, D) -> (B, M, H, D)
     dk, dv = (x.sum(1).to(q.dtype) if parts > 1 else x[:, 0] for x in (dk, dv))
     return dq, dk.transpose(1, 2), dv.transpose(1, 2)
 
