@@ -16,11 +16,11 @@ import torch
 from minti import kernels
 from minti.config import InputError, TextConfig, UNetConfig, VAEConfig
 from minti.tokenizer import Tokenizer
-from tools.bench import floor, ours, parts, theirs
-from tools.bench.__main__ import main
-from tools.bench.jobs import Job
-from tools.bench.models import MODELS, build, write_checkpoint, write_tokenizer
-from tools.bench.table import rows, to_markdown
+from tools.benchmark import floor, ours, parts, theirs
+from tools.bench import main
+from tools.benchmark.jobs import Job
+from tools.benchmark.models import MODELS, build, write_checkpoint, write_tokenizer
+from tools.benchmark.table import rows, to_markdown
 
 from . import oracles
 

@@ -1,4 +1,4 @@
-"""python tools/bench: how fast minti and its peers are at the same work, side by side."""
+"""python tools/bench.py: how fast minti and its peers are at the same work, side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -24,16 +24,16 @@ from minti import cli, kernels
 from minti.config import InputError
 from minti.files import write_atomically
 from minti.pipeline import DTYPES
-from tools.bench import jobs, parts
-from tools.bench.floor import speed
-from tools.bench.models import MODELS
-from tools.bench.table import Row, to_markdown
+from tools.benchmark import jobs, parts
+from tools.benchmark.floor import speed
+from tools.benchmark.models import MODELS
+from tools.benchmark.table import Row, to_markdown
 
 PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog="python tools/bench", description=__doc__)
+    parser = cli.Parser(prog="python tools/bench.py", description=__doc__)
     count = cli.number(int, 1)
     parser.add_argument("--only", nargs="+", metavar="PART", choices=parts.PARTS, help=", ".join(parts.PARTS))
     parser.add_argument("--small", action="store_true", help="two minutes: the tiny model, few repeats")

@@ -22,9 +22,9 @@ from minti.draws import Samples
 
 MINTI, COMPILED, PEER = "minti", "minti compiled", "diffusers"
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    MINTI: ("tools.bench.ours", {}),
-    COMPILED: ("tools.bench.ours", {"compiled": True}),
-    PEER: ("tools.bench.theirs", {}),
+    MINTI: ("tools.benchmark.ours", {}),
+    COMPILED: ("tools.benchmark.ours", {"compiled": True}),
+    PEER: ("tools.benchmark.theirs", {}),
 }
 """Its module, with `Training`, `Sampling` and `load`, and what the first two are given besides the job."""
 
@@ -137,7 +137,7 @@ def in_child(name: str, task: str, job: Job) -> dict[str, float]:
         InputError: it failed; it has said why on stderr.
     """
     order = json.dumps([name, task, dataclasses.asdict(job)])
-    command = [sys.executable, str(Path(__file__).parent), "--child", order]
+    command = [sys.executable, str(Path(__file__).parents[1] / "bench.py"), "--child", order]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if process.returncode:
         raise InputError(f"{name}, {task}: its process failed, see above")
