@@ -80,11 +80,10 @@ class CLIPEncoder(nn.Module):
 
 
 def table(rows: int, dim: int) -> nn.Embedding:
-    """A table of vectors, to be filled from a file.
-
-    `nn.Embedding` would fill it at random, for which, on the meta device, it imports PyTorch's compiler.
-    """
-    return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
+    """A table of random vectors; as `nn.Embedding`, which imports all of PyTorch's compiler where it only has
+    to pretend, on the meta device."""
+    weight = torch.empty(rows, dim)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
 
 
 class TextEmbeddings(nn.Module):
@@ -156,7 +155,7 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
         self.patch_embedding = nn.Conv2d(
             3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
         )

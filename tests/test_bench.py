@@ -16,8 +16,8 @@ import torch
 from minti import kernels
 from minti.config import InputError, TextConfig, UNetConfig, VAEConfig
 from minti.tokenizer import Tokenizer
-from tools.benchmark import floor, ours, parts, theirs
 from tools.bench import main
+from tools.benchmark import floor, ours, parts, theirs
 from tools.benchmark.jobs import Job
 from tools.benchmark.models import MODELS, build, write_checkpoint, write_tokenizer
 from tools.benchmark.table import rows, to_markdown

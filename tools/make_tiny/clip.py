@@ -71,7 +71,6 @@ def stage(run: Run) -> None:
     nn.init.normal_(text.token_embedding.weight, std=0.02)
     nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.01)
     image = CLIPVisionModel(VisionConfig.from_json(models.VISION, "image_encoder"))
-    nn.init.normal_(image.vision_model.embeddings.class_embedding)
     nn.init.normal_(image.vision_model.embeddings.position_embedding.weight, std=0.02)
     text, image, heads = text.to(run.device), image.to(run.device), Heads().to(run.device)
 
