@@ -21,6 +21,7 @@ from .concept import Concept
 from .config import InputError
 from .data import encode_views, load_photos, make_views
 from .draws import Samples, Settings, Word, draw, generator, photo_word
+from .guard import Guard
 from .pipeline import StableDiffusion, compile_for
 from .templates import load_templates
 from .tokenizer import clean
@@ -105,11 +106,8 @@ class Inversion:
             parameters = [p.requires_grad_(True) for p in (rows, *photo_rows)]
             groups.append({"params": parameters, "lr": word.lr})
         self._parameters = [p for group in groups for p in group["params"]]
-        # On the device, so that a step need not wait for the outcome of the one before; see `check`.
-        self._good = [p.detach().clone() for p in self._parameters]
-        self._healthy = torch.ones((), dtype=torch.bool, device=sd.device)
-        self._good_steps = torch.zeros((), dtype=torch.int64, device=sd.device)
-        self._longest = torch.zeros((), device=sd.device)
+        self._guard = Guard(self._parameters, self.rows)
+        self._starts = [word.init.to(sd.device) for word in self.words]
         self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
         # float16 has so small a range that gradients vanish unless the loss is scaled up.
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
@@ -202,18 +200,16 @@ class Inversion:
             self.scaler.scale(loss.sum()).backward()
             losses += loss.detach()
         if self.rank == 0 and settings.regularization:
-            drift = [
-                (r - w.init.to(r)).square().sum(1).mean() for r, w in zip(self.rows, self.words, strict=True)
-            ]
+            pairs = zip(self.rows, self._starts, strict=True)
+            drift = [(rows - start).square().sum(1).mean() for rows, start in pairs]
             self.scaler.scale(settings.regularization * sum(drift)).backward()
         if self.world > 1:
             for tensor in (losses, *(p.grad for p in self._parameters)):
                 dist.all_reduce(tensor)
         # With a scaled loss, gradients may overflow: the scaler then leaves out the step and scales less.
         scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        self._guard([losses] if scaled else [losses, *(p.grad for p in self._parameters)])
-        for p, good in zip(self._parameters, self._good, strict=True):
-            good.copy_(torch.where(self._healthy, p.detach(), good))
+        self._guard.look([losses] if scaled else [losses, *(p.grad for p in self._parameters)])
+        self._guard.keep()
         for group, word in zip(self.optimizer.param_groups, self.words, strict=True):
             group["lr"] = word.lr * settings.lr_factor(self.step_count)
         self.scaler.step(self.optimizer)
@@ -221,26 +217,17 @@ class Inversion:
         if settings.max_norm is not None:
             for p in self._parameters:
                 p.data.renorm_(2, 0, settings.max_norm * self.vocabulary_norm)
-        self._guard(self._parameters)
+        self._guard.look(self._parameters)
         if settings.progressive:
-            for word, rows in zip(self.words, self.rows, strict=True):
+            for start, rows in zip(self._starts, self.rows, strict=True):
                 waiting = slice(self._in_play(), None)
-                rows.data[waiting] = word.init[waiting].to(rows)  # weight decay has been at them
-        self._good_steps += self._healthy
+                rows.data[waiting] = start[waiting]  # weight decay has been at them
+        self._guard.count_step()
         self.step_count += 1
         self._use_vectors()
         if check:
             self.check()
         return losses
-
-    @torch.no_grad()
-    def _guard(self, tensors: Sequence[Tensor]) -> None:
-        """From the first number on that is not finite, nothing changes any more; all without waiting."""
-        longest = torch.stack([rows.norm(dim=1).max() for rows in self.rows]).max()
-        self._longest = torch.where(self._healthy, longest, self._longest)
-        self._healthy = torch.stack([self._healthy, *(t.isfinite().all() for t in tensors)]).all()
-        for p, good in zip(self._parameters, self._good, strict=True):
-            p.copy_(torch.where(self._healthy, p, good))
 
     def check(self) -> None:
         """See that all went well in the steps so far.
@@ -248,10 +235,10 @@ class Inversion:
         Raises:
             Diverged: a loss was not finite; the rows are the last ones for which it was.
         """
-        if self._healthy:
+        if self._guard.healthy():
             return
-        self._healthy = torch.ones_like(self._healthy)  # the rows are, again
-        self.step_count, longest = int(self._good_steps), self._longest.item() / self.vocabulary_norm
+        self.step_count = int(self._guard.good_steps)
+        longest = self._guard.longest.item() / self.vocabulary_norm
         if self.step_count == 0:
             cause = "weights of the checkpoint or pictures hold no finite numbers"
         elif not longest < 20:
@@ -276,7 +263,7 @@ class Inversion:
         for first in range(0, size, n):
             losses = self._losses([s[first : first + n] for s in drawn])
             sums = sums + losses.view(len(self.words), -1).sum(1)
-        self._guard([sums])
+        self._guard.look([sums])
         self.check()
         return sums / size
 
@@ -299,7 +286,7 @@ class Inversion:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken."""
         self.step_count = int(state["step"])
-        self._good_steps.fill_(self.step_count)
+        self._guard.good_steps.fill_(self.step_count)
         for i, group in enumerate(self.optimizer.param_groups):
             for j, p in enumerate(group["params"]):
                 p.copy_(state[f"{i}.{j}.rows"])
