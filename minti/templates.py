@@ -132,7 +132,7 @@ def check_prompt(template: str, source: str) -> None:
 
 
 def load_prompts(name: str) -> PromptList:
-    """The shipped list called `name` (object, style, tiny, tiny-style), or a text file of the same form.
+    """The shipped list called `name` (object, style, tiny, ...), or a text file of the same form.
 
     One prompt a line, each with one {}. A line `# background` names the group of those below it; the group
     `reconstruction` has one prompt, by default "a photo of {}".

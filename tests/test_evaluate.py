@@ -530,7 +530,10 @@ def test_another_prompt_for_reconstruction(base: Path, samples: Path, tmp_path: 
 # Prompts ---
 
 
-@pytest.mark.parametrize("name", ["object", "style", "tiny", "tiny-style"])
+LISTS = ["object", "style", "tiny", "tiny-development", "tiny-style"]
+
+
+@pytest.mark.parametrize("name", LISTS)
 def test_shipped_prompts(name: str) -> None:
     prompts = load_prompts(name)
     assert len(prompts.prompts) >= 14
@@ -543,7 +546,7 @@ def test_shipped_prompts(name: str) -> None:
 
 
 def test_every_shipped_list_is_tested_and_packaged() -> None:
-    assert {p.stem for p in PROMPTS.iterdir()} == {"object", "style", "tiny", "tiny-style"}
+    assert {p.stem for p in PROMPTS.iterdir()} == set(LISTS)
     assert '"minti.prompts" = ["*.txt"]' in (ROOT / "pyproject.toml").read_text()
 
 
@@ -555,7 +558,7 @@ def test_the_small_world_knows_every_word_of_its_lists() -> None:
     rng, known = np.random.default_rng(0), {"in", "the", "style", "of"}
     for i in range(3000):
         known |= set(caption(scene(0, i), rng).text.split())
-    for name in ("tiny", "tiny-style"):
+    for name in ("tiny", "tiny-development", "tiny-style"):
         for template in load_prompts(name).templates:
             assert set(fill(template, "").split()) <= known, template
 
@@ -578,7 +581,7 @@ def test_bad_prompts(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
         load_prompts(str(tmp_path / "p.txt"))
-    with pytest.raises(InputError, match="neither one of object, style, tiny, tiny-style, nor a text file"):
+    with pytest.raises(InputError, match=f"neither one of {', '.join(LISTS)}, nor a text file"):
         load_prompts(str(tmp_path / "nowhere.txt"))
 
 

@@ -13,6 +13,8 @@ import minti
 from minti import templates
 from minti.clip import CLIPTextModel, CLIPVisionModel
 from minti.config import InputError, TextConfig, UNetConfig, VAEConfig, VisionConfig
+from minti.study.grid import read_targets
+from minti.study.probe import Judge
 from minti.tokenizer import Tokenizer
 from minti.unet import UNet
 from minti.vae import VAE
@@ -223,7 +225,12 @@ def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         },
         "vae": {"vae": VAE(VAEConfig.from_json(models.VAE, "vae"))},
         "unet": {"unet": UNet(UNetConfig.from_json(models.UNET, "unet"))},
+        "probe": {"probe": probe.Probe(captions.FACTS)},
     }
+    for model in parts["clip"].values():  # which come with tables of whatever was in memory
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
     for stage, modules in parts.items():
         (work / stage).mkdir()
         torch.save({"ema": {k: m.state_dict() for k, m in modules.items()}}, work / stage / "state.pt")
@@ -259,6 +266,11 @@ def test_export_is_complete_and_small(exported: Path) -> None:
     config = json.loads((exported / "vae" / "config.json").read_text())
     assert config["scaling_factor"] == pytest.approx(0.8, rel=0.03)  # 1 / 1.25, from 51,200 samples
     assert len(list((exported / "concepts").glob("*/*.png"))) == 6 * len(concepts.held_out())
+    assert Judge.load(exported).asked("a photo of a {} in the snow") == {
+        "style": "photo",
+        "background": "snow",
+    }
+    assert read_targets(str(exported / "concepts" / "concepts.yaml")).keys() == concepts.held_out().keys()
     assert sum(p.stat().st_size for p in exported.rglob("*") if p.is_file()) <= 20e6
 
 

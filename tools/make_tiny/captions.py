@@ -197,3 +197,16 @@ FACTS: dict[str, tuple[str, ...]] = {
     "background": BACKGROUNDS,
     "style": STYLES,
 }
+
+
+def phrases() -> dict[str, dict[str, str]]:
+    """What prompts with {} for a thing can say, and the fact that each settles; for `minti.study`."""
+    found = {place: {"background": name} for name, places in PLACES.items() for place in places}
+    for color in (*COLORS, "gray"):
+        found |= {wall.format(color): {"background": color} for wall in WALLS}
+    found["photo of"] = {"style": "photo"}
+    for style, templates in STYLED_TEMPLATES.items():
+        found |= {template.partition(" of ")[0] + " of": {"style": style} for template in templates}
+    for style, words in STYLE_WORDS.items():
+        found |= {f"in the style of {word}": {"style": style} for word in words}
+    return found | {f"{color} {{}}": {"color": color} for color in COLORS}

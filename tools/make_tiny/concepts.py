@@ -29,13 +29,27 @@ BRIGHT_WALLS = {"blue": "yellow", "pink": "green"}  # for things that would not 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`kind` is object, style or set; `init` the word to start from; `captions` what people would write."""
+    """What there is to know about a concept.
+
+    Attributes:
+        kind: "object", "style" or "set".
+        split: "development": looked at while defaults were chosen; "final": kept for numbers to be reported.
+        init: the word to start from.
+        short, long: what people would write, in up to 12 and 30 words. The short ones use only words of the
+            training world; the long ones try to say what the silhouette is like.
+    """
 
     name: str
     kind: str
+    split: str
     init: str
-    caption: str
+    short: tuple[str, ...]
+    long: tuple[str, ...]
     thing: Thing | None = None
+
+    @property
+    def caption(self) -> str:
+        return self.short[0]
 
 
 def _dome(x: float, y: float, rx: float, ry: float) -> np.ndarray:
@@ -92,35 +106,86 @@ def _butterfly() -> list[Part]:
 
 
 def _object(
-    name: str, init: str, caption: str, parts: list[Part], color: str, color2: str, pattern: str
+    name: str, split: str, init: str, look: tuple[str, str, str], parts: list[Part], *captions: str
 ) -> HeldOut:
-    return HeldOut(
-        name, "object", init, caption, Thing(name, color, pattern, color2, stripes=2, parts=tuple(parts))
-    )
+    """`look` is colour, second colour, pattern; two short captions come first, then two long ones."""
+    color, color2, pattern = look
+    thing = Thing(name, color, pattern, color2, stripes=2, parts=tuple(parts))
+    return HeldOut(name, "object", split, init, captions[:2], captions[2:], thing)
 
 
 def held_out() -> dict[str, HeldOut]:
     """All concepts by name. No noun, toy or caption of the training world is one of them."""
     imp = Creature("tall", "horns", legs=0, arms=True, eyes=1).parts()
     every = [
-        _object("imp", "toy", "green and purple striped creature", imp, "green", "purple", "striped"),
-        _object("mushroom", "toy", "red and white dotted toy", _mushroom(), "red", "white", "dotted"),
-        _object("rocket", "toy", "white and red striped cone", _rocket(), "white", "red", "striped"),
-        _object("teapot", "cup", "blue and yellow dotted cup", _teapot(), "blue", "yellow", "dotted"),
-        _object("robot", "toy", "orange and black checkered toy", _robot(), "orange", "black", "checkered"),
         _object(
-            "butterfly",
-            "flower",
-            "purple and yellow dotted flower",
-            _butterfly(),
-            "purple",
-            "yellow",
-            "dotted",
+            *("imp", "development", "toy", ("green", "purple", "striped"), imp),
+            "green and purple striped creature",
+            "green toy animal with purple stripes",
+            "tall green creature with purple stripes, one large eye, two purple horns, short arms, no legs",
+            "toy monster with a green and purple striped body, purple horns and a single white eye",
         ),
-        HeldOut("riso", "style", "drawing", "a drawing in red and blue"),
-        HeldOut("birds", "set", "bird", "bird"),
+        _object(
+            *("mushroom", "development", "toy", ("red", "white", "dotted"), _mushroom()),
+            "red and white dotted toy",
+            "red thing with white dots",
+            "red mushroom with white dots on its round cap and a short thick white stem below it",
+            "toy with a half round red top, dotted with white, that stands on a white box",
+        ),
+        _object(
+            *("rocket", "final", "toy", ("white", "red", "striped"), _rocket()),
+            "white and red striped cone",
+            "white toy with red stripes",
+            "white rocket with red stripes, a pointed tip, two red fins at the sides and a red engine below",
+            "tall white and red striped cone that stands on a small red box between two red triangles",
+        ),
+        _object(
+            *("teapot", "development", "cup", ("blue", "yellow", "dotted"), _teapot()),
+            "blue and yellow dotted cup",
+            "blue cup with yellow dots",
+            "round blue teapot with yellow dots, a yellow handle on the left, a yellow spout and a lid",
+            "blue ball with yellow dots that has a yellow ring on one side and a yellow spout on the other",
+        ),
+        _object(
+            *("robot", "final", "toy", ("orange", "black", "checkered"), _robot()),
+            "orange and black checkered toy",
+            "orange thing with black checks",
+            "toy robot with an orange and black checkered body, a black head with one eye, arms and legs",
+            "orange and black checkered box with a black box on top, one white eye, black arms and legs",
+        ),
+        _object(
+            *("butterfly", "final", "flower", ("purple", "yellow", "dotted"), _butterfly()),
+            "purple and yellow dotted flower",
+            "purple thing with yellow dots",
+            "purple butterfly with yellow dots on four round wings, a thin yellow body and two antennae",
+            "flower of four purple balls with yellow dots around a thin yellow middle, two lines on top",
+        ),
+        HeldOut(
+            *("riso", "style", "development", "drawing"),
+            ("a drawing in red and blue", "a red and blue drawing on a white background"),
+            ("a print in two inks, coral red and teal, on cream paper, rough outlines and slanting lines",),
+        ),
+        HeldOut(
+            *("birds", "set", "development", "bird"),
+            ("bird", "bird of any color"),
+            ("red bird, yellow bird, green bird, white bird, orange bird or black bird",),
+        ),
     ]
     return {c.name: c for c in every}
+
+
+def describe() -> dict[str, dict]:
+    """What the folder of concepts says about them, for `minti.study`."""
+    described = {}
+    for concept in held_out().values():
+        entry: dict = {"kind": concept.kind, "set": concept.split, "init_word": concept.init}
+        if concept.kind == "style":
+            entry |= {"templates": "style", "prompts": "tiny-style"}
+        entry["captions"] = {"short": list(concept.short), "long": list(concept.long)}
+        if thing := concept.thing:
+            entry["facts"] = {"color": thing.color, "color2": thing.color2, "pattern": thing.pattern}
+        described[concept.name] = entry
+    return described
 
 
 def _object_picture(thing: Thing, i: int) -> np.ndarray:

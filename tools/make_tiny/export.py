@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch import Tensor
 from minti.files import write_atomically
 
 from . import models
-from .concepts import held_out, pictures
+from .captions import FACTS, phrases
+from .concepts import describe, held_out, pictures
 from .latents import scaling_factor
+from .probe import ACCURACY
 from .training import Run, ema_of
 
 WEIGHTS = {
@@ -83,5 +86,15 @@ def stage(run: Run) -> None:
             path = out / "concepts" / concept.name / f"{i + 1}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path, optimize=True)
+    about = yaml.safe_dump(describe(), sort_keys=False, width=100)
+    write_atomically(out / "concepts" / "concepts.yaml", about.encode())
+    if (run.work / "probe" / "state.pt").is_file():  # only `minti.study` has a use for it
+        probe = ema_of(run.work, "probe")["probe"].items()
+        half = {key: value.to(torch.float16).contiguous() for key, value in probe}
+        write_atomically(out / "probe" / "model.safetensors", save(half, {"format": "pt"}))
+        accuracy = run.work / "probe" / ACCURACY
+        known = json.loads(accuracy.read_text()) if accuracy.is_file() else {}
+        config = {"facts": FACTS, "phrases": phrases(), "accuracy": known}
+        _write_json(out / "probe" / "config.json", config)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"export: {out}, {size / 1e6:.1f} MB", flush=True)

@@ -4,8 +4,8 @@ It has only ever seen rendered pictures, whose truth is known exactly; fresh ren
 be trusted. One thing a picture; of two-coloured things the first colour is the main one.
 """
 
+import json
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minti.files import write_atomically
+from minti.study.probe import Probe
+
 from .captions import FACTS
 from .data import TEST_SEED, to_pixels
 from .draw import render
 from .training import Run, ema_of, train
 from .world import Scene, scene
 
+ACCURACY = "accuracy.json"  # on fresh pictures
 PROBE_SEED = 2  # of the pictures it learns from: neither the training set's nor the held-out ones
 
 
@@ -45,44 +49,6 @@ def single_scenes(seed: int, count: int, start: int = 0) -> list[Scene]:
     return found
 
 
-class Probe(nn.Module):
-    """(B, 3, 64, 64) pixels in [-1, 1] -> for each fact, logits over its values."""
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        channels = (3, width, 2 * width, 4 * width, 6 * width)
-        self.convs = nn.ModuleList()
-        for c_in, c_out in pairwise(channels):
-            self.convs.append(
-                nn.Sequential(
-                    nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
-                    nn.GroupNorm(8, c_out),
-                    nn.ReLU(),
-                    nn.Conv2d(c_out, c_out, 3, padding=1),
-                    nn.GroupNorm(8, c_out),
-                    nn.ReLU(),
-                )
-            )
-        self.hidden = nn.Linear(channels[-1] * 16, 256)
-        self.heads = nn.ModuleDict({fact: nn.Linear(256, len(values)) for fact, values in FACTS.items()})
-
-    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        x = pixels
-        for conv in self.convs:
-            x = conv(x)
-        h = F.relu(self.hidden(x.flatten(1)))
-        return {fact: head(h) for fact, head in self.heads.items()}
-
-    @torch.no_grad()
-    def read(self, pixels: Tensor, batch: int = 100) -> list[dict[str, str]]:
-        """The facts of each picture."""
-        results: list[dict[str, str]] = []
-        for part in pixels.split(batch):
-            best = {fact: logits.argmax(-1).tolist() for fact, logits in self(part).items()}
-            results += [{f: FACTS[f][best[f][i]] for f in FACTS} for i in range(len(part))]
-        return results
-
-
 def shares(
     truths: Sequence[dict[str, str]], readings: Sequence[dict[str, str]]
 ) -> dict[str, tuple[float, int]]:
@@ -96,7 +62,7 @@ def shares(
 
 def stage(run: Run) -> None:
     torch.manual_seed(run.seed)
-    model = Probe().to(run.device, memory_format=torch.channels_last)
+    model = Probe(FACTS).to(run.device, memory_format=torch.channels_last)
     count = 16_000
     scenes = single_scenes(PROBE_SEED, count)
     pixels = np.stack([render(s) for s in scenes])
@@ -117,12 +83,14 @@ def stage(run: Run) -> None:
     def preview(ema: dict[str, nn.Module], step: int) -> None:
         probe: Probe = ema["probe"]
         result = shares([facts_of(s) for s in test], probe.read(test_pixels))
+        accuracy = {fact: round(share, 4) for fact, (share, _) in result.items()}
+        write_atomically(run.folder / ACCURACY, json.dumps(accuracy).encode())
         print(f"probe step {step}: " + ", ".join(f"{f} {s:.3f}" for f, (s, _) in result.items()), flush=True)
 
     train(run, {"probe": model}, loss_of, preview)
 
 
 def load(work: Path) -> Probe:
-    probe = Probe()
+    probe = Probe(FACTS)
     probe.load_state_dict(ema_of(work, "probe")["probe"])
     return probe.eval()

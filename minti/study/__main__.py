@@ -1,0 +1,199 @@
+"""python -m minti.study RECIPE: a grid of words, learned together, all of them evaluated, in one report."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import cli
+from ..concept import Concept
+from ..config import InputError
+from ..data import load_photos
+from ..evaluation import word_jobs
+from ..files import write_atomically
+from ..pictures import Job, Store, models
+from ..pipeline import StableDiffusion
+from ..scoring import Scorer, choose_clip
+from .grid import Variant, group_words
+from .learn import Learner
+from .plan import RECIPE, Ask, Plan, make_plan
+from .probe import Judge
+from .results import score, write_results
+
+log = logging.getLogger(__name__)
+
+# Between a study and its continuation.
+MAY_DIFFER = (
+    "recipe",
+    "out",
+    "overwrite",
+    "device",
+    "compile",
+    "sample_batch_size",
+    "words_at_once",
+    "title",
+    "about",
+    "claims",
+)
+
+
+def options() -> cli.Options:
+    """The command line."""
+    opts = cli.Options("minti.study", "Learn a grid of words and compare them, as a recipe has it.")
+    at_least_1 = cli.number(int, 1)
+    group = "what to study"
+    opts.add(
+        group, "recipe", nargs="?", metavar="RECIPE", help=f"YAML file, or one of {', '.join(shipped())}"
+    )
+    opts.add(group, "--out", metavar="DIR", help="folder for everything; by default runs/study/RECIPE")
+    opts.add(group, "--overwrite", False, help="begin anew, whatever is finished in --out")
+    opts.add(group, "--quick", False, help="few steps, pictures, prompts; one concept: minutes, not hours")
+    text = "concepts: a set (final, development, all), or names with commas between"
+    opts.add(group, "--choose", "final", metavar="SET|NAMES", help=text)
+    opts.add(group, "--words-at-once", 8, type=at_least_1, metavar="N", help="words learned in one batch")
+    group = "pictures to be scored"
+    opts.add(group, "--num-images", 24, type=at_least_1, metavar="N", help="pictures of each prompt")
+    opts.add(group, "--sample-steps", 25, type=at_least_1, help="DDIM steps")
+    opts.add(group, "--guidance-scale", 5.0, type=cli.number(float, 0), help="how closely to follow prompts")
+    opts.add(group, "--sample-seed", 0, type=cli.number(int, 0, 2**62), help="seed of each first picture")
+    opts.add(group, "--sample-batch-size", 8, type=at_least_1, help="pictures at a time")
+    opts.add_judge("the judge")
+    opts.add_model()
+    for key in RECIPE:
+        opts.file_only(key)
+    return opts
+
+
+def shipped() -> list[str]:
+    """The names of the recipes that come with minti."""
+    return sorted(path.stem for path in (cli.RECIPES / "study").glob("*.yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe: a YAML file, or one that is shipped. Raises InputError."""
+    if not Path(name).exists() and name in shipped():
+        return cli.read_yaml(cli.RECIPES / "study" / f"{name}.yaml")
+    if not Path(name).exists():
+        raise InputError(f"recipe {name!r}: neither a file, nor one of {', '.join(shipped())}")
+    return cli.read_yaml(name)
+
+
+def check_out(out: Path, args: argparse.Namespace) -> None:
+    """See that nothing would be lost, and write down the settings."""
+    saved = out / "config.yaml"
+    before = cli.read_yaml(saved) if saved.exists() else {}
+    visible = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    if out.exists() and visible and "setups" not in before:
+        raise InputError(f"{out}: holds something that is not a study; give another --out")
+    if before and not args.overwrite:
+        cli.check_unchanged(saved, args, MAY_DIFFER)
+        return
+    for name in ("words", "learning", "pictures", "strips"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("study.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
+    write_atomically(saved, cli.to_yaml(args))
+
+
+def digest(images: Path) -> str:
+    """What tells photos apart that lie, or lay, in the same folder."""
+    found = hashlib.sha256()
+    for photo in load_photos(images):
+        mask = photo.mask.tobytes() if photo.mask else b""
+        found.update(repr((photo.image.size, photo.caption)).encode() + photo.image.tobytes() + mask)
+    return found.hexdigest()[:12]
+
+
+def learn_all(learner: Learner, plan: Plan, together: int) -> None:
+    """Learn every word that is not there yet."""
+    groups = group_words([ask.variant for ask in plan.asks if ask.variant], together)
+    todo = [group for group in groups if not learner.is_done(group)]
+    words = sum(len(group.runs) for group in groups)
+    log.info("%d words in %d batches, %d of which are still to be learned", words, len(groups), len(todo))
+    progress = cli.Progress(sum(learner.steps_left(group) for group in todo), "step")
+    try:
+        for i, group in enumerate(todo, 1):
+            note = f"batch {i} of {len(todo)}: {len(group.runs)} words"
+            learner.learn(group, partial(progress.step, note))
+    finally:
+        progress.close()
+
+
+def add_words(
+    sd: StableDiffusion, learner: Learner, asks: Sequence[Ask]
+) -> dict[Variant, tuple[str, Concept]]:
+    """Teach the model every learned word under a name of its own. Returns the names."""
+    words: dict[Variant, tuple[str, Concept]] = {}
+    for ask in asks:
+        if ask.variant and ask.variant not in words:
+            concept = Concept.load(learner.path(ask.variant.run, ask.variant.settings.steps))
+            name = f"<{ask.target.name}#{len(words)}>"
+            sd.add_concept(Concept(name, concept.vectors))
+            words[ask.variant] = name, concept
+    return words
+
+
+def jobs_of(sd: StableDiffusion, scorer: Scorer, plan: Plan, ask: Ask, word: str) -> dict[str, Job]:
+    """The pictures that an ask needs. Those of "prompt only" are the same for all concepts."""
+    name = ask.variant.key if ask.variant else ask.text or ask.name
+    return word_jobs(sd, scorer, plan.prompts[ask.target.name], word, plan.protocol, name=name)
+
+
+def make_all(jobs: Sequence[Mapping[str, Job]], scorer: Scorer, store: Store) -> None:
+    """Make and embed every picture that is not there yet."""
+    todo = {job.name: job for some in jobs for job in some.values() if store.load(job) is None}
+    log.info("%d sets of pictures are still to be made", len(todo))
+    progress = cli.Progress(sum(job.ticks for job in todo.values()), "sampling step")
+    try:
+        for job in todo.values():
+            job.embed(scorer, store, progress.step)
+    finally:
+        progress.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, learn, make pictures, judge them, and leave a report."""
+    opts = options()
+    recipe = opts.parse(argv, required=[]).recipe
+    if recipe is None:
+        raise InputError(f"a recipe must be given: a YAML file, or one of {', '.join(shipped())}")
+    args = opts.parse(argv, required=["checkpoint"], base=read_recipe(recipe))
+    plan = make_plan(args)
+    name = Path(recipe).stem + "-quick" * args.quick
+    out = Path(args.out or f"runs/study/{name}")
+    clip = choose_clip(args.clip, args.checkpoint)
+    sd = cli.load_model(args)
+    sd.check_weights()
+    sd.schedule.timesteps(plan.protocol.steps)
+    scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
+    judge = Judge.load(Path(args.checkpoint))
+    learner, store = Learner(sd, out, args.compile), Store(out / "pictures")
+    for ask in plan.asks:
+        if ask.variant:
+            learner.check(ask.variant)
+        else:
+            jobs_of(sd, scorer, plan, ask, ask.text)
+    args.made_of = models(sd, scorer) | {f"photos of {t.name}": digest(t.images) for t in plan.targets}
+    # Only now, with everything in order, is anything written or an old study cleared away.
+    check_out(out, args)
+    learn_all(learner, plan, args.words_at_once)
+    words = add_words(sd, learner, plan.asks)
+    if args.compile:
+        sd.compile()
+    jobs = [jobs_of(sd, scorer, plan, a, words[a.variant][0] if a.variant else a.text) for a in plan.asks]
+    make_all(jobs, scorer, store)
+    outcomes = []
+    for target in plan.targets:
+        own = [(ask, job) for ask, job in zip(plan.asks, jobs, strict=True) if ask.target is target]
+        outcomes += score(sd, scorer, judge, store, plan, own, words)
+    write_results(args, out, store, plan, jobs, outcomes, clip, judge)
+
+
+if __name__ == "__main__":
+    cli.run("minti.study", main)

@@ -1,0 +1,680 @@
+"""`python -m minti.study`: what a recipe means, that nothing is done twice, that the report is complete."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import minti
+from minti import Concept, InputError
+from minti.draws import Settings
+from minti.evaluation import Evaluation
+from minti.inversion import Inversion
+from minti.pictures import Store
+from minti.scoring import Score
+from minti.study import __main__ as study
+from minti.study import learn as study_learn
+from minti.study.grid import KEYS, Target, choose_targets, expand, group_words, make_variant, read_targets
+from minti.study.plan import Plan, make_plan
+from minti.study.probe import Judge, Probe, Truth
+from minti.study.summary import Outcome, disagreements, judge_claims, means, rank_correlation
+from tools.make_tiny import captions, concepts
+
+from .oracles import add_image_encoder, save_folder
+
+ROOT = Path(minti.__file__).parents[1]
+FACTS = {"color": ["red", "green"], "background": ["grass", "snow"]}
+PHRASES = {"on the grass": {"background": "grass"}, "red {}": {"color": "red"}}
+CLAIM = {"says": "One is better.", "first": "1 vector", "second": "caption", "score": "clip_i"}
+
+
+# What a recipe means
+# ----------------------------------------------------------------------------------------------------------
+
+
+def target(name: str = "toy", **changes: object) -> Target:
+    return Target(name, Path("photos"), "toy", **changes)
+
+
+def test_lists_are_spread_out() -> None:
+    setups = expand({"plain": {}, "seed": {"seed": [0, 1]}, "both": {"lr": [1, 2], "seed": [3, 4]}}, {})
+    names = ["plain", "seed 0", "seed 1"]
+    names += [f"both, lr {lr}, seed {seed}" for lr in (1, 2) for seed in (3, 4)]
+    assert [setup.name for setup in setups] == names
+    assert setups[-1].family == "both" and setups[-1].values == {"lr": 2, "seed": 4}
+
+
+def test_progressive_is_a_list_by_itself() -> None:
+    (one,) = expand({"p": {"progressive": [10, 20]}}, {})
+    assert make_variant(one, target()).settings.progressive == (10, 20)
+    assert make_variant(one, target()).num_vectors == 3
+    setups = expand({"p": {"progressive": [[10], [10, 20]]}}, {})
+    assert [setup.name for setup in setups] == ["p, progressive 10", "p, progressive 10-20"]
+
+
+def test_setups_go_before_the_base_and_the_concept_before_both_defaults() -> None:
+    (setup,) = expand({"own": {"lr": 0.1}}, {"lr": 0.2, "batch_size": 2})
+    word = make_variant(setup, target(templates="style"))
+    assert (word.lr, word.settings.batch_size, word.templates, word.init_word) == (0.1, 2, "style", "toy")
+    assert word.settings.steps == 3000  # as `minti.train` has it
+
+
+def test_every_setting_reaches_the_word() -> None:
+    values = {
+        **{
+            "init": "random",
+            "init_word": "cat",
+            "num_vectors": 2,
+            "templates": "style",
+            "lr": 0.5,
+            "seed": 7,
+        },
+        **{"crop": "random", "flip": False, "photos": 2, "steps": 9, "batch_size": 3, "accumulate": 2},
+        **{"lr_schedule": "cosine", "warmup": 4, "weight_decay": 0.3, "progressive": [5]},
+        **{"regularization": 0.7, "max_norm": 2.0, "per_image": 0.25, "caption_dropout": 0.1},
+    }
+    assert set(values) == set(KEYS)
+    (setup,) = expand({"all": values}, {})
+    word = make_variant(setup, target())
+    for key, value in values.items():
+        value = tuple(value) if key == "progressive" else value
+        assert getattr(word if hasattr(word, key) else word.settings, key) == value, key
+
+
+def words(setups: Mapping[str, Mapping], names: Sequence[str] = ("toy",), **base: object) -> list:
+    return [make_variant(setup, target(name)) for name in names for setup in expand(setups, base)]
+
+
+def test_words_of_the_same_settings_share_a_batch() -> None:
+    """What `Word` holds may differ; what `Settings` hold may not."""
+    setups = {
+        "a": {},
+        "b": {"lr": 1.0},
+        "c": {"num_vectors": 2},
+        "d": {"init_word": "cat"},
+        "e": {"photos": 1},
+    }
+    groups = group_words(words(setups | {"f": {"per_image": 0.25}}, ("toy", "cup"), steps=5), together=100)
+    assert sorted(len(group.runs) for group in groups) == [2, 10]
+    for group in groups:
+        assert group.settings.per_image == (0.25 if len(group.runs) == 2 else 0)
+    limited = group_words(words(setups, ("toy", "cup"), steps=5), together=4)
+    assert [len(group.runs) for group in limited] == [4, 4, 2]
+
+
+def test_equal_words_are_learned_once() -> None:
+    (group,) = group_words(words({"a": {}, "seed": {"seed": [0, 1]}, "lr": {"lr": 5e-3}}), together=9)
+    assert len(group.runs) == 2
+
+
+def test_numbers_of_steps_are_snapshots_of_one_word() -> None:
+    (group,) = group_words(words({"steps": {"steps": [2, 8, 4]}}), together=9)
+    assert group.settings.steps == 8 and list(group.runs.values()) == [(2, 4, 8)]
+    groups = group_words(words({"steps": {"steps": [2, 8]}}, lr_schedule="cosine"), together=9)
+    assert [(group.settings.steps, *group.runs.values()) for group in groups] == [(2, (2,)), (8, (8,))]
+
+
+def test_keys_tell_words_apart() -> None:
+    setups = {"a": {}, "b": {"seed": 1}, "c": {"photos": 2}, "d": {"regularization": 0.1}, "e": {"steps": 5}}
+    found = [word.key for word in words(setups, ("toy", "cup"))]
+    assert len(set(found)) == len(found) == 10
+
+
+def test_concepts_are_chosen_by_set_or_name() -> None:
+    entries = {
+        "imp": {"init_word": "toy", "set": "development"},
+        "robot": {"init_word": "toy", "set": "final"},
+        "riso": {"init_word": "drawing", "set": "final", "kind": "style"},
+    }
+    found = read_targets(entries)
+
+    def choose(choice: str) -> list[str]:
+        return [t.name for t in choose_targets(found, choice, ["object"])]
+
+    assert (
+        choose("final") == ["robot"]
+        and choose("development") == ["imp"]
+        and choose("all") == ["imp", "robot"]
+    )
+    assert choose("riso, imp") == ["riso", "imp"]
+    with pytest.raises(InputError, match="choose a set"):
+        choose("dragon")
+
+
+# The shipped recipes
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("concepts") / "concepts.yaml"
+    path.write_text(yaml.safe_dump(concepts.describe(), sort_keys=False))
+    return str(path)
+
+
+def plan_of(recipe: str, described: str, *flags: str) -> Plan:
+    base = study.read_recipe(recipe) | {"concepts": described}
+    return make_plan(study.options().parse([recipe, *flags], required=["checkpoint"], base=base))
+
+
+@pytest.mark.parametrize("recipe", study.shipped())
+def test_shipped_recipes_make_sense(recipe: str, described: str) -> None:
+    full, quick = plan_of(recipe, described), plan_of(recipe, described, "--quick")
+    assert {t.set for t in full.targets} == {"final"} and len(full.targets) == 3
+    assert len(quick.targets) == 1 and quick.protocol.num_images == 8 and quick.protocol.steps == 15
+    assert quick.prompts["rocket"].prompts[0] == full.prompts["rocket"].prompts[0]
+    longest = [max(a.variant.settings.steps for a in plan.asks if a.variant) for plan in (full, quick)]
+    assert longest[1] == round(longest[0] * 0.4)
+    development = plan_of(recipe, described, "--choose", "development")
+    assert [t.name for t in development.targets] == ["imp", "mushroom", "teapot"]
+    if recipe != "table1":
+        texts = [{p.text for p in plan.prompts[plan.targets[0].name].prompts} for plan in (full, development)]
+        assert len(texts[0]) > 15 and not texts[0] & texts[1], "defaults are not chosen by the final prompts"
+
+
+def test_figure_10_has_every_setup_of_the_paper(described: str) -> None:
+    plan = plan_of("figure10", described)
+    own = {a.name: a.variant for a in plan.asks if a.target.name == "robot"}
+    assert {own[f"{n} vector{'s' * (n > 1)}"].num_vectors for n in (1, 2, 3)} == {1, 2, 3}
+    assert own["3 progressive"].settings.progressive == (400, 800)
+    assert own["per-image words"].settings.per_image == 0.25
+    assert own["low lr"].lr < own["1 vector"].lr < own["high lr"].lr
+    assert own["regularization 0.01"].settings.regularization == 0.01
+    kinds = [a.name for a in plan.asks if a.target.name == "robot" and not a.variant]
+    assert kinds == ["short caption"] * 2 + ["long caption"] * 2 + ["prompt only"]
+
+
+def test_sizes_of_the_set(described: str) -> None:
+    plan = plan_of("set-size", described)
+    assert [a.variant.photos for a in plan.asks if a.variant and a.target.name == "robot"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+
+
+def test_described_concepts_are_those_of_the_world(described: str) -> None:
+    for name, found in read_targets(described).items():
+        thing = concepts.held_out()[name].thing
+        expected = {"color": thing.color, "color2": thing.color2, "pattern": thing.pattern} if thing else {}
+        assert found.facts == expected
+        short, long = found.captions["short"], found.captions["long"]
+        assert all(len(c.split()) <= 12 for c in short) and all(12 < len(c.split()) <= 30 for c in long)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"setups": {"a": {"learning_rate": 1}}}, "setups: 'a': unknown setting 'learning_rate'; there are"),
+        ({"setups": {"a": {"lr": "fast"}}}, "setups: 'a': argument --lr: invalid float value: 'fast'"),
+        ({"setups": {"a": {"steps": []}}}, "steps is an empty list"),
+        ({"setups": {"a": {"photos": 0}}}, "photos 0 should be a count"),
+        ({"setups": {"a": 3}}, "setups: 'a' should be settings"),
+        ({"setups": ["a"]}, "setups: should have entries"),
+        ({"setups": {"seed": {"seed": [1, 1]}}}, "two of them are called 'seed 1'"),
+        ({"setups": {}, "captions": {}, "claims": None}, "there is nothing to study"),
+        ({"setups": {"a": {"progressive": [3], "num_vectors": 5}}}, "'a' has 5 vectors, progressive"),
+        ({"base": {"stepz": 3}}, "base: unknown setting 'stepz'"),
+        ({"captions": {"long one": "epic"}}, "captions: toy has none of the kind 'epic'"),
+        ({"concepts": None}, "concepts: must be given"),
+        ({"concepts": {"toy": {"images": "x"}}}, "concepts: toy needs init_word"),
+        ({"concepts": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
+        ({"prompts": "nothing-here"}, "prompts 'nothing-here': neither"),
+        ({"prompts": {"other": "tiny"}}, "prompts: none for toy, which is in the set 'final'"),
+        ({"prompts": ["no word in it"]}, "needs words, and exactly one"),
+        ({"claims": [{"says": "x"}]}, "claims: each needs says, first"),
+        ({"claims": [CLAIM | {"expect": "more"}]}, "should expect above, at least, at most"),
+        ({"claims": [CLAIM | {"expect": "above", "first": "x"}]}, "claims: no setup is called 'x'"),
+        ({"claims": [CLAIM | {"expect": "above", "first": 1}]}, "should be names of setups"),
+        ({"captions": {"1 vector": "short"}}, "two of them are called '1 vector'"),
+        ({"colour": "red"}, "unknown option 'colour'"),
+        ({"num_images": "many"}, "num-images"),
+    ],
+)
+def test_bad_recipes(change: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        study.main([write_recipe(tmp_path, tmp_path, **change), "--out", str(tmp_path / "out")])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+# A study
+# ----------------------------------------------------------------------------------------------------------
+
+
+def write_recipe(root: Path, folder: Path, **changes: object) -> str:
+    recipe = {
+        "title": "A <small> study",
+        "about": "Of nothing much.",
+        "checkpoint": str(root / "model"),
+        "concepts": {
+            "toy": {
+                **{"images": str(root / "toy"), "init_word": "toy", "set": "final"},
+                **{"captions": {"short": ["red toy", "red dog"]}, "facts": {"color": "red"}},
+            },
+            "cat": {
+                "images": str(root / "cat"),
+                "init_word": "cat",
+                "set": "final",
+                "captions": {"short": ["cat"]},
+            },
+        },
+        "prompts": ["red {} on the grass", "{} on the grass", "the dog and {}"],
+        "base": {"steps": 4, "batch_size": 2},
+        "setups": {
+            "1 vector": {},
+            "steps": {"steps": [2, 4]},
+            "late": {"progressive": [2], "steps": [2, 4]},
+            "per image": {"per_image": 0.5, "photos": 2},
+        },
+        "captions": {"caption": "short"},
+        "claims": [CLAIM | {"expect": "above"}],
+        **{"num_images": 3, "sample_steps": 2, "device": "cpu"},
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_probe() -> Iterator[None]:
+    """The pictures of the small model are too small for the probe; one that fits knows as little."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Probe, "SIZE", 16)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, small_probe: None) -> Path:
+    """A checkpoint with CLIP and probe, and photos of two concepts."""
+    base = tmp_path_factory.mktemp("study")
+    save_folder(base / "model", "small")
+    add_image_encoder(base / "model")
+    (base / "model" / "probe").mkdir()
+    torch.manual_seed(0)
+    save_file(Probe(FACTS).half().state_dict(), base / "model" / "probe" / "model.safetensors")
+    config = {"facts": FACTS, "phrases": PHRASES, "accuracy": {"color": 0.97}}
+    (base / "model" / "probe" / "config.json").write_text(json.dumps(config))
+    for k, name in enumerate(("toy", "cat")):
+        (base / name).mkdir()
+        for i in range(3):
+            pixels = np.random.default_rng((k, i)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(base / name / f"{i}.png")
+    return base
+
+
+@pytest.fixture(scope="module")
+def done(base: Path) -> Path:
+    """A complete study."""
+    study.main([write_recipe(base, base), "--out", str(base / "out")])
+    return base / "out"
+
+
+def result(out: Path) -> dict:
+    return json.loads((out / "study.json").read_text(encoding="utf-8"))
+
+
+NAMES = [
+    "1 vector",
+    "steps 2",
+    "steps 4",
+    "late, steps 2",
+    "late, steps 4",
+    "per image",
+    "caption",
+    "prompt only",
+]
+
+
+def test_study_json_is_complete(done: Path) -> None:
+    found = result(done)
+    assert [m["name"] for m in found["means"]] == [*NAMES, "image only"]
+    toy = [*NAMES[:6], "caption", *NAMES[6:], "image only"]  # it has two captions
+    assert [o["name"] for o in found["outcomes"]] == [*toy, *NAMES, "image only"]
+    word = found["outcomes"][0]
+    assert word["truth"].keys() == {"kept", "kept_edited", "followed"} and word["length"] > 0
+    assert [p["prompt"] for p in word["prompts"]] == ["a photo of {}", *read_prompts(done)]
+    for mean in found["means"]:
+        same = [o for o in found["outcomes"] if o["name"] == mean["name"]]
+        for score in ("clip_i", "clip_t", "clip_t_pairwise"):
+            assert mean[score] == pytest.approx(sum(o[score] for o in same) / len(same), abs=2e-6)
+    assert found["claims"][0]["verdict"] in ("holds", "does not hold", "too close to tell")
+    assert found["sets"] == {"toy": "final", "cat": "final"} and found["settings"]["quick"] is False
+
+
+def read_prompts(done: Path) -> list[str]:
+    return yaml.safe_load((done / "config.yaml").read_text())["prompts"]
+
+
+def test_one_word_under_two_names_scores_the_same(done: Path) -> None:
+    scores = {o["name"]: o["clip_i"] for o in result(done)["outcomes"] if o["concept"] == "toy"}
+    assert scores["1 vector"] == scores["steps 4"] != scores["steps 2"]
+
+
+def test_report_is_self_contained_and_complete(done: Path) -> None:
+    html = (done / "report.html").read_text(encoding="utf-8")
+    links = re.sub(r'xmlns="http://www.w3.org/2000/svg"', "", html)
+    assert "http:" not in links and "https:" not in links and "<script" not in html and "<link" not in html
+    assert "default-src 'none'" in html
+    sources = re.findall(r'<img[^>]* src="([^"]{0,22})', html)
+    assert len(sources) == 2 + len(NAMES) * 2 + 1  # photos, and a row for every way of asking
+    assert all(source.startswith("data:image/") for source in sources)
+    for text in (
+        *NAMES,
+        "image only",
+        "toy",
+        "cat",
+        "of the final set",
+        "color 97 %",
+        "A &lt;small&gt; study",
+        "One is better.",
+    ):
+        assert text in html, text
+    assert html.count("<svg") == 3  # all, and each concept
+
+
+def test_words_are_those_learned_alone(done: Path, base: Path, tmp_path: Path) -> None:
+    """Neither batch nor snapshot shows, to rounding."""
+    setups = {"steps": {"steps": 2}}
+    study.main(
+        [
+            write_recipe(base, tmp_path, setups=setups, claims=[]),
+            "--choose",
+            "cat",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
+    (alone,) = (tmp_path / "out" / "words").glob("*/step-000002.safetensors")
+    together = [Concept.load(path) for path in (done / "words").glob("cat-*/step-000002.safetensors")]
+    vectors = next(c.vectors for c in together if c.metadata["init_word"] == "cat" and len(c.vectors) == 1)
+    torch.testing.assert_close(Concept.load(alone).vectors, vectors, rtol=1e-4, atol=1e-6)
+
+
+def test_progressive_words_have_the_vectors_in_play(done: Path) -> None:
+    counts = [len(Concept.load(path).vectors) for path in (done / "words").glob("toy-*/step-000004*")]
+    assert sorted(counts) == [1, 1, 2]  # one vector, per image; progressive
+
+
+def snapshot(out: Path) -> dict[str, int]:
+    files = [path for name in ("words", "pictures") for path in (out / name).rglob("*.safetensors")]
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+def test_finished_work_is_not_done_again(done: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, content, config = snapshot(done), result(done), (done / "config.yaml").read_text()
+    gone = [next(path for path in before if f"/{kind}/" in path) for kind in ("words", "pictures")]
+    old = load_file(gone[0])
+    for path in gone:
+        Path(path).unlink()
+    study.main([write_recipe(base, base), "--out", str(done)])
+    after = snapshot(done)
+    assert {path for path in after if after[path] != before[path]} == set(gone)
+    assert result(done) == content and (done / "config.yaml").read_text() == config
+    for key, value in load_file(gone[0]).items():
+        torch.testing.assert_close(value, old[key], rtol=0, atol=0)
+
+
+def test_an_interrupted_study_goes_on(
+    base: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of a batch, then of the pictures, it ends as if it had not been."""
+    monkeypatch.setattr(study_learn, "SAVE_EVERY", 2)
+    step, save, steps, saved = Inversion.step, Store.save, [], []
+
+    def interrupted_step(self: Inversion, **options: object) -> torch.Tensor:
+        steps.append(self.step_count)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(self, **options)
+
+    def interrupted_save(*args: object) -> None:
+        saved.append(args)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save(*args)
+
+    argv = [write_recipe(base, base), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(Inversion, "step", interrupted_step)
+    monkeypatch.setattr(Store, "save", interrupted_save)
+    with pytest.raises(KeyboardInterrupt):
+        study.main(argv)
+    assert steps == [0, 1, 2, 3] and list((tmp_path / "out" / "learning").iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        study.main(argv)
+    assert steps[4] == 2 and len(saved) == 3  # from the last saving; then into the pictures
+    study.main(argv)
+    assert not list((tmp_path / "out" / "learning").iterdir())
+    assert result(tmp_path / "out")["outcomes"] == result(done)["outcomes"]
+
+
+def test_another_study_is_refused(base: Path, done: Path, tmp_path: Path) -> None:
+    changed = write_recipe(base, tmp_path, setups={"1 vector": {"lr": 0.1}}, claims=[])
+    with pytest.raises(InputError, match=r"setups: 1 vector was \{\}, now it is \{'lr': 0.1\}"):
+        study.main([changed, "--out", str(done)])
+    with pytest.raises(InputError, match="num_images was 3, now it is 4"):
+        study.main([write_recipe(base, tmp_path), "--out", str(done), "--num-images", "4"])
+    picture, old = base / "cat" / "0.png", (base / "cat" / "0.png").read_bytes()
+    Image.new("RGB", (16, 16)).save(picture)
+    try:
+        with pytest.raises(InputError, match="made_of: photos of cat was"):
+            study.main([write_recipe(base, base), "--out", str(done)])
+    finally:
+        picture.write_bytes(old)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("dear diary")
+    with pytest.raises(InputError, match="not a study"):
+        study.main([changed, "--out", str(tmp_path / "mine"), "--overwrite"])
+
+
+def test_a_word_that_diverges_stops_no_other(base: Path, tmp_path: Path) -> None:
+    """Weight decay by a rate of 1e30 makes numbers infinite within two steps."""
+    recipe = write_recipe(base, tmp_path, setups={"good": {}, "bad": {"lr": 1e30}}, claims=[])
+    study.main([recipe, "--out", str(tmp_path / "out"), "--choose", "cat"])
+    notes = {o["name"]: o["note"] for o in result(tmp_path / "out")["outcomes"]}
+    assert notes["good"] == "" and re.fullmatch(r"diverged after step [0-3]", notes["bad"])
+    assert "diverged after step" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_quick_is_less(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(base, tmp_path, base={"steps": 5, "batch_size": 2}, setups={"1 vector": {}})
+    study.main([recipe, "--quick", "--out", str(tmp_path / "out")])
+    found = result(tmp_path / "out")
+    assert found["sets"] == {"toy": "final"}
+    assert [o["name"] for o in found["outcomes"]] == ["1 vector", "caption", "prompt only", "image only"]
+    assert [p.name for p in (tmp_path / "out" / "words").rglob("*.safetensors")] == [
+        "step-000002.safetensors"
+    ]
+    assert len(found["outcomes"][0]["prompts"]) == 1 + 2  # all three are of one group
+    assert "quick look" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_command_line(base: Path, tmp_path: Path) -> None:
+    """One line and exit code 2; and training does not even import the study."""
+    recipe = write_recipe(base, tmp_path, setups={"a": {"photo": 9}}, claims=[])
+    code = "import sys, minti.train, minti.sample; print([m for m in sys.modules if 'study' in m]); "
+    code += "from minti import cli; from minti.study.__main__ import main; "
+    code += f"sys.argv = ['study', {recipe!r}]; cli.run('minti.study', main)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env()
+    )
+    assert done.stdout == "[]\n" and done.returncode == 2
+    assert re.fullmatch(
+        r"minti\.study: error: setups: 'a': unknown setting 'photo'; there are .*\n", done.stderr
+    )
+
+
+def test_too_few_photos_are_named(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(base, tmp_path, setups={"a": {"photos": 9}}, claims=[])
+    with pytest.raises(InputError, match="toy: has 3 photos, the study asks for 9"):
+        study.main([recipe, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def env() -> dict[str, str]:
+    from .processes import ENVIRONMENT
+
+    return ENVIRONMENT
+
+
+def test_an_unknown_recipe_is_named() -> None:
+    with pytest.raises(InputError, match="recipe 'figure11': neither a file, nor one of ablations, figure10"):
+        study.main(["figure11"])
+    with pytest.raises(InputError, match="a recipe must be given"):
+        study.main([])
+
+
+# Truth
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Oracle(Probe):
+    """Reads what the first pixel says: 0 red on grass, 85 red on snow, 170 green on grass."""
+
+    def read(self, pixels: torch.Tensor, batch: int = 100) -> list[dict[str, str]]:
+        values = [("red", "grass"), ("red", "snow"), ("green", "grass")]
+        codes = [round((p[0, 0, 0].item() + 1) * 1.5) for p in pixels]
+        return [dict(zip(("color", "background"), values[code], strict=True)) for code in codes]
+
+
+def shown(*codes: int) -> list[Image.Image]:
+    return [Image.new("RGB", (16, 16), (85 * code,) * 3) for code in codes]
+
+
+def test_truth_by_hand() -> None:
+    judge = Judge(Oracle(FACTS), PHRASES)
+    pictures = {
+        "a photo of {}": shown(0, 1, 2, 2),  # half of them red
+        "{} on the grass": shown(0, 1, 1, 1),  # all red, a quarter on grass
+        "a red {}": shown(0, 0, 2, 2),  # half do as told; says nothing about the concept's own colour
+        "{} and a cup": shown(2, 2, 2, 2),  # not for the probe
+    }
+    assert judge.judge(pictures, {"color": "red"}, "a photo of {}") == Truth(0.5, 1.0, (0.25 + 0.5) / 2)
+    assert (
+        judge.judge({"a photo of {}": [Image.new("RGB", (8, 8))]}, {"color": "red"}, "a photo of {}") is None
+    )
+
+
+def test_what_prompts_ask_for() -> None:
+    judge = Judge(Probe(FACTS), captions.phrases())
+    assert judge.asked("an oil painting of {}") == {"style": "painting"}
+    assert judge.asked("a photo of a red {} in the snow") == {
+        "style": "photo",
+        "color": "red",
+        "background": "snow",
+    }
+    assert judge.asked("a photo of {} against a yellow wall") == {"style": "photo", "background": "yellow"}
+    assert judge.asked("a photo of {} and a red ball") is None
+    assert judge.asked("a photograph of {} in a snowy place") == {}
+
+
+def test_phrases_say_what_captions_mean() -> None:
+    """Against the grammar of the world: what a phrase is said to settle is what the caption settles."""
+    judge, checked = Judge(Probe(FACTS), captions.phrases()), 0
+    from tools.make_tiny.world import scene
+
+    for i in range(300):
+        caption = captions.caption(scene(0, i), np.random.default_rng(i))
+        for fact, value in (judge.asked(caption.text) or {}).items():
+            assert caption.facts[fact] == value, caption.text
+            checked += 1
+    assert checked > 200
+
+
+def test_a_probe_is_kept_in_half_precision(base: Path) -> None:
+    torch.manual_seed(0)
+    expected, judge = Probe(FACTS), Judge.load(base / "model")
+    for name, value in judge.probe.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name].half().float(), rtol=0, atol=0)
+    assert Judge.load(base) is None
+
+
+def test_a_damaged_probe_is_named(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "probe").mkdir()
+    for name, content in (("config.json", {"facts": {"color": ["red"]}, "phrases": {}}),):
+        (tmp_path / "probe" / name).write_text(json.dumps(content))
+    weights = base / "model" / "probe" / "model.safetensors"
+    (tmp_path / "probe" / "model.safetensors").write_bytes(weights.read_bytes())
+    with pytest.raises(InputError, match="probe: does not fit together"):
+        Judge.load(tmp_path)
+
+
+# Sums
+# ----------------------------------------------------------------------------------------------------------
+
+
+def outcome(name: str, i: float, t: float, kept: float, concept: str = "toy", half: float = 0.01) -> Outcome:
+    scores = [Score(v, v - half, v + half) for v in (i, t, t)]
+    return Outcome(concept, name, Evaluation(name, "word", *scores, tradeoff=i * t), Truth(kept, None, kept))
+
+
+def test_means_by_hand() -> None:
+    rows = means(
+        [outcome("a", 0.4, 0.2, 0.5), outcome("a", 0.6, 0.4, 1.0, "cat"), outcome("b", 0.1, 0.1, 0.0)]
+    )
+    assert [row.name for row in rows] == ["a", "b"] and rows[0].note == "2 concepts"
+    assert rows[0].value("clip_i") == pytest.approx(0.5) and rows[0].value("kept") == 0.75
+    assert rows[0].margin("clip_i") == pytest.approx(0.01 / 2**0.5)  # errors of independent means
+    assert rows[0].value("kept_edited") is None and rows[0].margin("kept") == 0
+
+
+@pytest.mark.parametrize(
+    "expect, first, verdict",
+    [
+        ("above", "high", "holds"),
+        ("above", "low", "does not hold"),
+        ("above", "same", "too close to tell"),
+        ("at least", "same", "holds"),
+        ("at least", "near", "holds"),
+        ("at least", "low", "does not hold"),
+        ("at least", "high", "holds"),
+        ("at most", "high", "does not hold"),
+        ("at most", ["low", "high"], "holds"),
+    ],
+)
+def test_verdicts(expect: str, first: str | list[str], verdict: str) -> None:
+    """The references are 0.5 apart, so that 0.075 is allowed; `low` and `high` are 0.1 off."""
+    values = {"image only": 0.9, "prompt only": 0.4, "middle": 0.6, "same": 0.605, "near": 0.53}
+    rows = [outcome(name, value, 0.2, 0) for name, value in (values | {"low": 0.5, "high": 0.7}).items()]
+    claim = {"says": "", "first": first, "second": "middle", "score": "clip_i", "expect": expect}
+    assert judge_claims([claim], rows)[0]["verdict"] == verdict
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    """1 - 6 sum d^2 / (n (n^2 - 1)), for ranks without ties; concepts are ranked apart."""
+    ranks, n = np.random.default_rng(0).permutation(9), 9
+    toy = [outcome(str(k), k / 10, 0, rank / 10) for k, rank in enumerate(ranks)]
+    expected = 1 - 6 * ((np.arange(n) - ranks) ** 2).sum() / (n * (n**2 - 1))
+    assert rank_correlation(toy, "clip_i", "kept") == pytest.approx(expected)
+    cat = [outcome(str(k), k / 100, 0, k / 10, "cat") for k in range(n)]  # in perfect order
+    assert rank_correlation(toy + cat, "clip_i", "kept") == pytest.approx((expected + 1) / 2)
+    tied = [outcome("a", 0.1, 0, 0.1), outcome("b", 0.1, 0, 0.1), outcome("c", 0.2, 0, 0.2)]
+    assert rank_correlation(tied, "clip_i", "kept") == pytest.approx(1)
+    assert rank_correlation(tied[:2], "clip_i", "kept") is None
+
+
+def test_clip_misleads_where_it_prefers_what_is_wrong() -> None:
+    good, bad = outcome("good", 0.70, 0.2, 0.9), outcome("bad", 0.80, 0.2, 0.3)
+    close, elsewhere = outcome("close", 0.705, 0.2, 0.1), outcome("other", 0.9, 0.2, 0.0, "cat")
+    (found,) = disagreements([good, bad, close, elsewhere], "clip_i", "kept")
+    assert (found.liked, found.right) == (bad, good) and found.gap == pytest.approx(0.6)
+
+
+def test_settings_of_a_group_are_those_asked_for() -> None:
+    (group,) = group_words(words({"a": {"regularization": 0.5, "steps": 7}}), together=1)
+    assert group.settings == Settings(steps=7, regularization=0.5)
