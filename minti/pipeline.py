@@ -65,7 +65,7 @@ def load(
         # The layout that its convolutions are fastest in. On the CPU it gains nothing.
         parts.unet.to(memory_format=torch.channels_last)
         parts.vae.to(memory_format=torch.channels_last)
-    return StableDiffusion(**vars(parts))
+    return StableDiffusion(**vars(parts), source=str(path))
 
 
 def choose_device(name: str) -> torch.device:
@@ -98,6 +98,7 @@ class StableDiffusion:
     unet: UNet
     vae: VAE
     schedule: Schedule
+    source: str = "the checkpoint"  # where it was loaded from, for messages
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +160,7 @@ class StableDiffusion:
             for name, weight in getattr(self, part).named_parameters():
                 if not weight.isfinite().all():
                     raise InputError(
-                        f"the checkpoint's {part} {name} holds NaN or infinity as {self._dtype_name}; "
+                        f"{self.source}: {part} {name} holds NaN or infinity as {self._dtype_name}; "
                         "use another --dtype, or download it again"
                     )
 
@@ -171,7 +172,8 @@ class StableDiffusion:
         # The weights are looked at once something is wrong: when they are loaded, it would take seconds.
         if not output.isfinite().all():
             self.check_weights()
-            raise InputError(f"the {part} overflows in {self._dtype_name}; use --dtype bfloat16 or float32")
+            remedy = "use --dtype bfloat16 or float32"
+            raise InputError(f"{self.source}: the {part} overflows in {self._dtype_name}; {remedy}")
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:

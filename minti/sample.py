@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sd.schedule.timesteps(args.steps)
     sd.tokenizer([*args.prompt, args.negative_prompt])  # complains now rather than later
     scorer = load_judge(args, sd) if args.rank_by_clip > 1 else None
-    write_atomically(out / "config.yaml", cli.to_yaml(args))
+    out.mkdir(parents=True, exist_ok=True)  # complains now
     if args.compile:
         sd.compile()
 
@@ -191,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 candidates.clear()
                 text |= {"prompt": job.prompt, "seed": str(job.seed), "settings": json.dumps(settings)}
                 text |= {"concepts": json.dumps(learned), "software": f"minti {__version__}"}
+                if not images:  # and nothing is written unless there is a picture
+                    write_atomically(out / "config.yaml", cli.to_yaml(args))
                 write_atomically(job.path, encode_png(image, text))
                 images.append(image)
     finally:

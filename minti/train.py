@@ -240,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dist.init_process_group()
         if torch.cuda.is_available() and args.device == "auto":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
 
@@ -249,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lr_scale = args.batch_size * args.accumulate * world if args.scale_lr else 1
     runs, sheets = zip(*(load_word(sd, spec, args, lr_scale, out) for spec in specs), strict=True)
     weights, activations = training_memory(sd, args.batch_size * len(runs), sd.check_size(args.size))
-    log.info("memory: about %.1f GB of weights and %.1f GB to learn", weights / 1e9, 1.1 * activations / 1e9)
+    log.info("memory: about %.0f MB of weights, %.0f MB to learn", weights / 1e6, 1.1 * activations / 1e6)
     trainer = Trainer(args, sd, runs, rank, world)
     # Only now, with everything in order, is anything written or an old run cleared away.
     if rank == 0 and not going_on:

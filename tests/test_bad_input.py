@@ -359,7 +359,7 @@ def test_weights_that_are_no_numbers(refused: Callable, folder: Path) -> None:
             spoiled = good[key].clone()
             spoiled.view(-1)[-1] = bad
             save_file(good | {key: spoiled}, path)
-            refused(folder, path, key, "NaN or infinity")
+            refused(folder, folder, key, "NaN or infinity")
         save_file(good, path)
 
 

@@ -160,7 +160,7 @@ def test_everything_a_run_writes(base: Path, tmp_path: Path, caplog: pytest.LogC
     # What it said
     messages = [record.getMessage() for record in caplog.records]
     assert "<toy>: 2 photos, 4 views of 16 pixels" in messages
-    assert any(m.startswith("memory: about 0.0 GB of weights and ") for m in messages)
+    assert any(m.startswith("memory: about ") and m.endswith(" MB to learn") for m in messages)
     assert messages[-1] == f"<toy>: learned in {out / 'learned_embeds.safetensors'}"
 
 
@@ -326,7 +326,7 @@ def test_when_to_stop(window: int, threshold: float) -> None:
     args = Namespace(early_stop=threshold, early_stop_window=window)
     found = None
     for n in range(len(CURVE) + 1):
-        word = Run(None, Path(), "", [{"eval_loss": v} for x in CURVE[:n] for v in (None, x)])
+        word = Run(None, Path(), "", torch.zeros(32), [{"eval_loss": v} for x in CURVE[:n] for v in (None, x)])
         if Trainer._converged(Namespace(args=args, runs=[word])):
             found = n
             break
@@ -614,7 +614,7 @@ def test_nearest_words(base: Path, tmp_path: Path) -> None:
     views = make_views(load_photos(base / "photos"), 16, flip=False)
     word = Word("<toy>", init, encode_views(sd, views))
     args = train.options().parse(arguments(base, tmp_path / "run"), [])
-    nearest = Trainer(args, sd, [Run(word, tmp_path, "cat")], 0, 1).nearest_words(0, 3)
+    nearest = Trainer(args, sd, [Run(word, tmp_path, "cat", torch.zeros(32))], 0, 1).nearest_words(0, 3)
     assert [len(words) for words in nearest] == [3, 3]
     assert [words[0][0] for words in nearest] == ["cat</w>", "toy</w>"]
     for words, vector in zip(nearest, init, strict=True):

@@ -1,6 +1,7 @@
 """python tools/make_tiny STAGE --work DIR: make `weights/tiny`, from nothing, stage by stage."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+import torch.distributed as dist
 
 from minti import cli
+from minti.config import InputError
 from tools.make_tiny import data
 from tools.make_tiny.training import Run
 
@@ -47,7 +50,13 @@ def main(argv: Sequence[str] | None) -> None:
         seed=args.seed,
         lr=args.lr or lr,
         batch=args.batch_size or batch,
+        rank=int(os.environ.get("RANK", 0)),
+        world=int(os.environ.get("WORLD_SIZE", 1)),
     )
+    if run.world > 1:
+        if args.stage != "unet" or run.batch % run.world:
+            raise InputError("several processes: only for the stage unet, which divides its batches evenly")
+        dist.init_process_group()
     if args.stage == "world":
         data.build(args.work, run.steps)
     else:

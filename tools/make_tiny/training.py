@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from minti.cli import Progress
@@ -30,6 +31,8 @@ class Run:
     lr: float
     batch: int
     ema_decay: float = 0.999
+    rank: int = 0  # of how many processes this is which; each takes its share of every batch
+    world: int = 1
     began: float = field(default_factory=time.monotonic)
     interrupted: bool = False
 
@@ -45,7 +48,20 @@ class Run:
         signal.signal(signal.SIGTERM, stop)
 
     def out_of_time(self) -> bool:
-        return self.interrupted or time.monotonic() - self.began > 60 * self.minutes
+        over = self.interrupted or time.monotonic() - self.began > 60 * self.minutes
+        return bool(self.sum_up(torch.tensor(float(over))))
+
+    @property
+    def share(self) -> slice:
+        """Which of the `batch` pictures of a step are this process's."""
+        n = self.batch // self.world
+        return slice(self.rank * n, (self.rank + 1) * n)
+
+    def sum_up(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def learning_rate(self, step: int) -> float:
         """Warm up, hold, then fall to zero over the last 40 % (`--steps` can be raised later)."""
@@ -104,6 +120,8 @@ def train(
         print(f"{run.name}: continuing at step {step}", flush=True)
 
     def save() -> None:
+        if run.rank:
+            return
         state = {
             "step": step,
             "optimizer": optimizer.state_dict(),
@@ -113,6 +131,7 @@ def train(
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(path, buffer.getvalue())
+        preview(ema, step)
 
     progress, means, saved = Progress(run.steps - step, "step"), {}, step
     with open(run.folder / "log.csv", "a", newline="") as log:
@@ -122,6 +141,11 @@ def train(
             optimizer.zero_grad()
             loss, values = loss_of(step)
             loss.backward()
+            if run.world > 1:
+                gradient = nn.utils.parameters_to_vector([p.grad for p in parameters])
+                mean = run.sum_up(gradient) / run.world
+                for p, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+                    p.grad.copy_(part.view_as(p))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
@@ -129,16 +153,15 @@ def train(
             torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - rate)
             for key, value in {"loss": loss.item(), **values}.items():
                 means[key] = value if step == 1 or key not in means else 0.98 * means[key] + 0.02 * value
-            if step % 50 == 0:
+            if step % 50 == 0 and run.rank == 0:
                 csv.writer(log).writerow([step, *(f"{k}={v:.5g}" for k, v in means.items())])
                 log.flush()
-            progress.step(f"step {step}: " + " ".join(f"{k} {v:.4g}" for k, v in means.items()))
+            if run.rank == 0:
+                progress.step(f"step {step}: " + " ".join(f"{k} {v:.4g}" for k, v in means.items()))
             if step % every == 0:
                 save()
                 saved = step
-                preview(ema, step)
     progress.close()
     if step != saved:
         save()
-        preview(ema, step)
     print(f"{run.name}: stopped at step {step} of {run.steps}", flush=True)
