@@ -326,7 +326,8 @@ def test_when_to_stop(window: int, threshold: float) -> None:
     args = Namespace(early_stop=threshold, early_stop_window=window)
     found = None
     for n in range(len(CURVE) + 1):
-        word = Run(None, Path(), "", torch.zeros(32), [{"eval_loss": v} for x in CURVE[:n] for v in (None, x)])
+        rows = [{"eval_loss": v} for x in CURVE[:n] for v in (None, x)]
+        word = Run(None, Path(), "", torch.zeros(32), rows)
         if Trainer._converged(Namespace(args=args, runs=[word])):
             found = n
             break
