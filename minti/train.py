@@ -22,7 +22,8 @@ from . import cli
 from .config import InputError
 from .data import CROPS, Photo, View, contact_sheet, encode_views, load_photos, make_views
 from .files import write_atomically
-from .inversion import Word, initial_rows
+from .initial import initial_rows
+from .inversion import Word
 from .memory import training_memory
 from .pipeline import StableDiffusion
 from .report import write_report

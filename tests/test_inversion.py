@@ -22,7 +22,8 @@ from minti import Concept, InputError, StableDiffusion
 from minti import inversion as inversion_module
 from minti.data import Latents, encode_views, load_photos, make_views
 from minti.draws import Samples, Settings, Word, draw, photo_word
-from minti.inversion import Diverged, Inversion, initial_rows
+from minti.initial import initial_rows
+from minti.inversion import Diverged, Inversion
 from minti.templates import OBJECT
 
 from .oracles import pipeline, save_folder

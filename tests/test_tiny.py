@@ -13,7 +13,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 import minti
 from minti.data import encode_views, load_photos, make_views
 from minti.draws import Settings, Word
-from minti.inversion import Inversion, initial_rows
+from minti.initial import initial_rows
+from minti.inversion import Inversion
 from minti.scoring import Scorer
 from tools.make_tiny.concepts import held_out, pictures
 from tools.make_tiny.world import COLORS

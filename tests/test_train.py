@@ -26,7 +26,8 @@ import minti
 from minti import Concept, InputError, StableDiffusion, cli, train, trainer
 from minti.data import contact_sheet, encode_views, load_photos, make_views
 from minti.draws import Settings, Word
-from minti.inversion import Inversion, initial_rows
+from minti.initial import initial_rows
+from minti.inversion import Inversion
 from minti.templates import OBJECT
 from minti.trainer import Run, Trainer
 

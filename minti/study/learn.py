@@ -14,7 +14,8 @@ from ..config import InputError
 from ..data import Latents, encode_views, load_photos, make_views
 from ..draws import Word
 from ..files import write_atomically
-from ..inversion import Diverged, Inversion, initial_rows
+from ..initial import initial_rows
+from ..inversion import Diverged, Inversion
 from ..pipeline import StableDiffusion
 from ..templates import load_templates
 from .grid import Group, Variant

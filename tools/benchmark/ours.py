@@ -8,7 +8,8 @@ import minti
 from minti import kernels
 from minti.data import encode_views, load_photos, make_views
 from minti.draws import Samples, Settings, Word, draw
-from minti.inversion import Inversion, initial_rows
+from minti.initial import initial_rows
+from minti.inversion import Inversion
 
 from .jobs import Job
 from .models import GUIDANCE_SCALE, INIT_WORD, PLACEHOLDER, PROMPT
