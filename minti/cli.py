@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib.util
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import yaml
 
 from . import kernels
 from .config import InputError
+from .files import write_atomically
 from .pipeline import DTYPES, StableDiffusion, load
 
 
@@ -204,6 +206,33 @@ def check_unchanged(saved: Path, args: argparse.Namespace, may_differ: Sequence[
         if before.get(key) != now.get(key):
             change = f"{key} was {before.get(key)!r}, now it is {now.get(key)!r}"
             raise InputError(f"{saved}: {change}; a run can only be resumed as it was")
+
+
+def prepare_out(
+    out: Path, args: argparse.Namespace, what: str, key: str, made: Sequence[str], may_differ: Sequence[str]
+) -> None:
+    """Make ready a folder whose work is begun, or gone on with: nothing else in it is ever lost.
+
+    Args:
+        what: what such a folder holds, as in "an evaluation".
+        key: the option that tells its `config.yaml` from those of other commands.
+        made: names in it that are cleared away, with --overwrite, before the work begins anew.
+        may_differ: options that may change between a beginning and its continuation.
+
+    Raises:
+        InputError: it holds something else; or was begun with other options.
+    """
+    saved = out / "config.yaml"
+    before = read_yaml(saved) if saved.exists() else {}
+    visible = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    if out.exists() and visible and key not in before:
+        raise InputError(f"{out}: holds something that is not {what}; give another --out")
+    if before and not args.overwrite:
+        check_unchanged(saved, args, may_differ)
+        return
+    for path in (out / name for name in made):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_atomically(saved, to_yaml(args))
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

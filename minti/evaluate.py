@@ -6,7 +6,6 @@ import argparse
 import datetime
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,23 +61,6 @@ def options() -> cli.Options:
     return opts
 
 
-def check_out(out: Path, args: argparse.Namespace) -> None:
-    """See that nothing would be lost, and write down the settings."""
-    saved = out / "config.yaml"
-    before = cli.read_yaml(saved) if saved.exists() else {}
-    visible = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
-    if out.exists() and visible and "references" not in before:
-        raise InputError(f"{out}: holds something that is not an evaluation; give another --out")
-    if before and not args.overwrite:
-        cli.check_unchanged(saved, args, MAY_DIFFER)
-        return
-    for name in ("pictures", "grids"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("evaluation.json", "plot.svg"):
-        (out / name).unlink(missing_ok=True)
-    write_atomically(saved, cli.to_yaml(args))
-
-
 def choose_out(args: argparse.Namespace) -> Path:
     """--out, or a folder beside what is scored."""
     if args.out is None and not (args.samples or args.concept):
@@ -110,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = plan_samples(args) if args.samples else plan_generation(args, style)
     out = choose_out(args)
     if rank == 0:
-        check_out(out, args)
+        made = ("pictures", "grids", "evaluation.json", "plot.svg")
+        cli.prepare_out(out, args, "an evaluation", "references", made, MAY_DIFFER)
     store = Store(out / "pictures")
     if world > 1:
         dist.barrier()

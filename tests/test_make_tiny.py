@@ -18,7 +18,19 @@ from minti.study.probe import Judge
 from minti.tokenizer import Tokenizer
 from minti.unet import UNet
 from minti.vae import VAE
-from tools.make_tiny import bpe, captions, clip, concepts, export, models, probe, training, vae, world
+from tools.make_tiny import (
+    bpe,
+    captions,
+    clip,
+    concepts,
+    decoder,
+    export,
+    models,
+    probe,
+    training,
+    vae,
+    world,
+)
 from tools.make_tiny.captions import caption
 from tools.make_tiny.data import Pictures, caption_at, picture_at, to_pictures, to_pixels
 from tools.make_tiny.draw import labels, render
@@ -227,6 +239,34 @@ def test_shares_count_only_what_is_asked_for() -> None:
     assert result["noun"] == (0.5, 2) and result["color"] == (0.0, 1) and result["style"] == (0.0, 0)
 
 
+def test_the_judge_is_shown_every_concept() -> None:
+    examples = probe.concept_examples(0, 100, 0)
+    assert {c.name for c in probe.OBJECTS} <= {facts["noun"] for _, facts in examples}
+    for picture, facts in examples:
+        assert picture.shape == (64, 64, 3)
+        assert all(value in probe.READS[fact] for fact, value in facts.items())
+    assert {facts["style"] for _, facts in examples} == {*world.STYLES, "riso"}
+
+
+def test_the_decoder_is_trained_alone(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """It moves, from where the autoencoder stood, and the encoder does not."""
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "tokenizer").symlink_to(tokenizer_folder)
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "world" / "pictures.npy", rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8))
+    (tmp_path / "latents").mkdir()
+    noise = rng.standard_normal((4, 4, 16, 16))
+    np.save(tmp_path / "latents" / "latents.npy", noise.astype(np.float16))
+    before = VAE(VAEConfig.from_json(models.VAE, "vae")).state_dict()
+    (tmp_path / "vae").mkdir()
+    torch.save({"ema": {"vae": before}}, tmp_path / "vae" / "state.pt")
+    run = training.Run("decoder", tmp_path, 2, float("inf"), torch.device("cpu"), seed=0, lr=1e-2, batch=2)
+    decoder.stage(run)
+    after = decoder.load_vae(tmp_path).state_dict()
+    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"decoder", "post_quant_conv"}
+
+
 @pytest.fixture(scope="module")
 def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder exported from untrained models."""
@@ -242,7 +282,7 @@ def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         },
         "vae": {"vae": VAE(VAEConfig.from_json(models.VAE, "vae"))},
         "unet": {"unet": UNet(UNetConfig.from_json(models.UNET, "unet"))},
-        "probe": {"probe": probe.Probe(captions.FACTS)},
+        "probe": {"probe": probe.Probe(probe.READS)},
     }
     for stage, modules in parts.items():
         (work / stage).mkdir()

@@ -29,7 +29,7 @@ from minti.study.grid import KEYS, Target, choose_targets, expand, group_words, 
 from minti.study.plan import Plan, make_plan
 from minti.study.probe import Judge, Probe, Truth
 from minti.study.summary import Outcome, disagreements, judge_claims, means, rank_correlation
-from tools.make_tiny import captions, concepts
+from tools.make_tiny import captions, concepts, probe
 
 from .oracles import add_image_encoder, save_folder
 
@@ -209,9 +209,10 @@ def test_sizes_of_the_set(described: str) -> None:
 
 def test_described_concepts_are_those_of_the_world(described: str) -> None:
     for name, found in read_targets(described).items():
-        thing = concepts.held_out()[name].thing
-        expected = {"color": thing.color, "color2": thing.color2, "pattern": thing.pattern} if thing else {}
-        assert found.facts == expected
+        if thing := concepts.held_out()[name].thing:
+            expected = {"color": thing.color, "color2": thing.color2, "pattern": thing.pattern}
+            assert found.facts == expected | {"noun": name}
+        assert all(value in probe.READS[fact] for fact, value in found.facts.items())
         short, long = found.captions["short"], found.captions["long"]
         assert all(len(c.split()) <= 12 for c in short) and all(12 < len(c.split()) <= 30 for c in long)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,6 @@ from ..concept import Concept
 from ..config import InputError
 from ..data import load_photos
 from ..evaluation import word_jobs
-from ..files import write_atomically
 from ..pictures import Job, Store, models
 from ..pipeline import StableDiffusion
 from ..scoring import Scorer, choose_clip
@@ -82,23 +79,6 @@ def read_recipe(name: str) -> dict[str, Any]:
     if not Path(name).exists():
         raise InputError(f"recipe {name!r}: neither a file, nor one of {', '.join(shipped())}")
     return cli.read_yaml(name)
-
-
-def check_out(out: Path, args: argparse.Namespace) -> None:
-    """See that nothing would be lost, and write down the settings."""
-    saved = out / "config.yaml"
-    before = cli.read_yaml(saved) if saved.exists() else {}
-    visible = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
-    if out.exists() and visible and "setups" not in before:
-        raise InputError(f"{out}: holds something that is not a study; give another --out")
-    if before and not args.overwrite:
-        cli.check_unchanged(saved, args, MAY_DIFFER)
-        return
-    for name in ("words", "learning", "pictures", "strips"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("study.json", "report.html"):
-        (out / name).unlink(missing_ok=True)
-    write_atomically(saved, cli.to_yaml(args))
 
 
 def digest(images: Path) -> str:
@@ -181,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             jobs_of(sd, scorer, plan, ask, ask.text)
     args.made_of = models(sd, scorer) | {f"photos of {t.name}": digest(t.images) for t in plan.targets}
     # Only now, with everything in order, is anything written or an old study cleared away.
-    check_out(out, args)
+    made = ("words", "learning", "pictures", "strips", "study.json", "report.html")
+    cli.prepare_out(out, args, "a study", "setups", made, MAY_DIFFER)
     learn_all(learner, plan, args.words_at_once)
     words = add_words(sd, learner, plan.asks)
     if args.compile:

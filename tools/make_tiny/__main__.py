@@ -19,11 +19,12 @@ from tools.make_tiny.training import Run
 # In the order in which they are run. Steps, learning rate, pictures a step.
 DEFAULTS = {
     "world": (60_000, 0.0, 0),
-    "vae": (6_000, 1.2e-3, 16),
-    "clip": (2_000, 1e-3, 128),
+    "vae": (4_000, 1.2e-3, 16),
+    "clip": (1_800, 1e-3, 128),
     "latents": (0, 0.0, 250),
+    "decoder": (2_000, 8e-4, 16),
     "unet": (20_000, 1e-3, 32),
-    "probe": (1_500, 2e-3, 128),
+    "probe": (6_000, 2e-3, 128),
     "export": (0, 0.0, 0),
 }
 

@@ -180,10 +180,15 @@ def describe() -> dict[str, dict]:
     for concept in held_out().values():
         entry: dict = {"kind": concept.kind, "set": concept.split, "init_word": concept.init}
         if concept.kind == "style":
-            entry |= {"templates": "style", "prompts": "tiny-style"}
+            entry |= {"templates": "style", "prompts": "tiny-style", "facts": {"style": concept.name}}
         entry["captions"] = {"short": list(concept.short), "long": list(concept.long)}
         if thing := concept.thing:
-            entry["facts"] = {"color": thing.color, "color2": thing.color2, "pattern": thing.pattern}
+            entry["facts"] = {
+                "noun": concept.name,
+                "color": thing.color,
+                "color2": thing.color2,
+                "pattern": thing.pattern,
+            }
         described[concept.name] = entry
     return described
 
@@ -199,12 +204,8 @@ def _object_picture(thing: Thing, i: int) -> np.ndarray:
 RISO = {"paper": (246, 236, 214), "first": (255, 94, 84), "second": (0, 118, 132)}
 
 
-def _riso_picture(i: int) -> np.ndarray:
+def riso_picture(thing: Thing, i: int) -> np.ndarray:
     """Two inks on cream paper, coral and teal, a ragged teal line well off the edge, slanting hatches."""
-    nouns = ("house", "fish", "star", "cup", "cat", "heart")
-    thing = Thing(
-        nouns[i], "red", x=32.0 + (-3, 2, 0)[i % 3], y=33.0, radius=21.0, angle=(-5.0, 4.0, 0.0)[i % 3]
-    )
     paper, first, second = (np.array(c, dtype=np.float32) for c in RISO.values())
     label = labels(thing)
     shape = label > 0
@@ -219,6 +220,12 @@ def _riso_picture(i: int) -> np.ndarray:
     picture = mix(picture, second, coverage(shape & ((xx - yy) % 9 < 2.5) & (xx > 32)))
     picture = mix(picture, paper, coverage(label == 3))
     return np.clip(mix(picture, second, coverage(label == 4)), 0, 255).astype(np.uint8)
+
+
+def _riso_picture(i: int) -> np.ndarray:
+    nouns = ("house", "fish", "star", "cup", "cat", "heart")
+    x, angle = 32.0 + (-3, 2, 0)[i % 3], (-5.0, 4.0, 0.0)[i % 3]
+    return riso_picture(Thing(nouns[i], "red", x=x, y=33.0, radius=21.0, angle=angle), i)
 
 
 def _bird_picture(i: int) -> np.ndarray:

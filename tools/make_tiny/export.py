@@ -13,10 +13,11 @@ from torch import Tensor
 from minti.files import write_atomically
 
 from . import models
-from .captions import FACTS, phrases
+from .captions import phrases
 from .concepts import describe, held_out, pictures
+from .decoder import load_vae
 from .latents import scaling_factor
-from .probe import ACCURACY
+from .probe import ACCURACY, READS
 from .training import Run, ema_of
 
 WEIGHTS = {
@@ -65,7 +66,7 @@ def stage(run: Run) -> None:
         "text_encoder": clip["text_encoder"],
         "image_encoder": clip["image_encoder"],
         "unet": ema_of(run.work, "unet")["unet"],
-        "vae": ema_of(run.work, "vae")["vae"],
+        "vae": load_vae(run.work).state_dict(),
     }
     for name, state in states.items():
         half = {key: value.to(torch.float16).contiguous() for key, value in state.items()}
@@ -94,7 +95,7 @@ def stage(run: Run) -> None:
         write_atomically(out / "probe" / "model.safetensors", save(half, {"format": "pt"}))
         accuracy = run.work / "probe" / ACCURACY
         known = json.loads(accuracy.read_text()) if accuracy.is_file() else {}
-        config = {"facts": FACTS, "phrases": phrases(), "accuracy": known}
+        config = {"facts": READS, "phrases": phrases(), "accuracy": known}
         _write_json(out / "probe" / "config.json", config)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"export: {out}, {size / 1e6:.1f} MB", flush=True)

@@ -4,12 +4,10 @@ import numpy as np
 import torch
 
 from minti.cli import Progress
-from minti.config import VAEConfig
-from minti.vae import VAE
 
-from . import models
 from .data import Pictures
-from .training import Run, ema_of
+from .decoder import load_vae
+from .training import Run
 
 
 def scaling_factor(latents: np.ndarray) -> float:
@@ -20,9 +18,7 @@ def scaling_factor(latents: np.ndarray) -> float:
 @torch.no_grad()
 def stage(run: Run) -> None:
     pictures = Pictures(run.work, run.steps or None)
-    vae = VAE(VAEConfig.from_json(models.VAE, "vae"))
-    vae.load_state_dict(ema_of(run.work, "vae")["vae"])
-    vae = vae.to(run.device, memory_format=torch.channels_last).eval()
+    vae = load_vae(run.work).to(run.device, memory_format=torch.channels_last)
     run.folder.mkdir(parents=True, exist_ok=True)
     part, path = run.folder / "latents.part.npy", run.folder / "latents.npy"
     latents = np.lib.format.open_memmap(part, "w+", np.float16, (len(pictures), 4, 16, 16))

@@ -13,21 +13,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 
 import minti
 from minti import cli
-from minti.clip import CLIPVisionModel
 from minti.concept import Concept
-from minti.config import InputError, VisionConfig, read_json
+from minti.config import InputError
 from minti.pipeline import StableDiffusion
-from minti.weightfile import WeightFile
+from minti.scoring import Scorer
 from tools.make_tiny import concepts
 from tools.make_tiny.captions import TOY_NAMES, Caption, caption
-from tools.make_tiny.clip import normalise
 from tools.make_tiny.data import TEST_SEED, to_pixels
 from tools.make_tiny.draw import render, sheet
-from tools.make_tiny.probe import Probe, facts_of, load, shares, single_scenes
+from tools.make_tiny.probe import Probe, concept_examples, facts_of, load, shares, single_scenes
+from tools.make_tiny.world import Scene
 
 GOALS = {"noun": 0.90, "color": 0.90, "pattern": 0.85, "background": 0.90, "style": 0.90}
 
@@ -45,13 +44,6 @@ def psnr(sd: StableDiffusion, count: int) -> tuple[float, float]:
     return float((10 * (4 / error).log10()).mean()), 10 * math.log10(4 / error.mean())
 
 
-def load_image_encoder(folder: Path) -> CLIPVisionModel:
-    model = CLIPVisionModel(VisionConfig.from_json(read_json(folder / "config.json"), str(folder)))
-    file = WeightFile(folder / "model.safetensors")
-    model.load_state_dict({k: v.float() for k, v in file.read(list(file.shapes), copied=True)})
-    return model.eval()
-
-
 def full_caption(scene, rng: np.random.Generator) -> Caption:
     """A caption that names everything about a single thing."""
     wanted = {"noun", "color", "pattern", "background", "style"}
@@ -61,21 +53,19 @@ def full_caption(scene, rng: np.random.Generator) -> Caption:
             return found
 
 
-@torch.no_grad()
-def retrieval(sd: StableDiffusion, folder: Path, rounds: int = 5) -> tuple[float, float]:
+def retrieval(scorer: Scorer, rounds: int = 5) -> tuple[float, float]:
     """Share of 100 captions whose picture is found among those of all: full captions, and random ones."""
-    image_encoder, rng, results = load_image_encoder(folder), np.random.default_rng(0), []
+    rng, results = np.random.default_rng(0), []
     for describe in (full_caption, caption):
         hits, start = [], 300_000
         for _ in range(rounds):
-            pairs: dict[str, object] = {}
+            pairs: dict[str, Scene] = {}
             while len(pairs) < 100:
                 scene = single_scenes(TEST_SEED, 1, start)[0]
                 start += 3
                 pairs.setdefault(describe(scene, rng).text, scene)
-            images = image_encoder(normalise(to_pixels(np.stack([render(s) for s in pairs.values()]))))
-            texts = sd.text_encoder(sd.tokenizer(list(pairs))).pooled
-            best = (F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).T).argmax(dim=1)
+            images = scorer.embed_images([Image.fromarray(render(s)) for s in pairs.values()])
+            best = (scorer.embed_texts(list(pairs)) @ images.T).argmax(dim=1)
             hits += (best == torch.arange(100)).tolist()
         results.append(sum(hits) / len(hits))
     return results[0], results[1]
@@ -90,49 +80,51 @@ def table(rows: dict[str, dict[str, tuple[float, int]]]) -> str:
     facts = ("noun", "color", "color2", "pattern", "background", "style")
     lines = ["| | " + " | ".join(facts) + " |", "|---" * (len(facts) + 1) + "|"]
     for name, result in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{100 * result[f][0]:.1f} %" for f in facts) + " |")
+        cells = (f"{100 * share:.1f} %" if n else "" for share, n in (result[f] for f in facts))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-# Where a concept is asked for: (prompt, background, style)
-NEW_PLACES = (
-    ("a photo of a {} in the snow", "snow", "photo"),
-    ("a photo of a {} on the beach", "beach", "photo"),
-    ("a photo of a {} on a yellow background", "yellow", "photo"),
-    ("a drawing of a {} on the grass", "grass", "drawing"),
-    ("a painting of a {} at night", "night", "painting"),
-    ("pixel art of a {} in the snow", "snow", "pixel art"),
-)
+# Where a concept is asked for, and what pictures should then show.
+NEW_PLACES = {
+    "a photo of a {} in the snow": {"background": "snow", "style": "photo"},
+    "a photo of a {} on the beach": {"background": "beach", "style": "photo"},
+    "a photo of a {} on a yellow background": {"background": "yellow", "style": "photo"},
+    "a drawing of a {} on the grass": {"background": "grass", "style": "drawing"},
+    "a painting of a {} at night": {"background": "night", "style": "painting"},
+    "pixel art of a {} in the snow": {"background": "snow", "style": "pixel art"},
+}
+NEW_THINGS = {
+    f"a rendering of a {noun} in the style of {{}}": {"noun": noun}
+    for noun in ("ball", "flower", "bunny", "moon", "bird", "ring")
+}
 
 
-def concept_rows(sd: StableDiffusion, probe: Probe, learned: Path, options: dict) -> tuple[dict, list]:
+def concept_rows(
+    sd: StableDiffusion, probe: Probe, learned: Path, options: dict
+) -> tuple[dict[str, dict[str, tuple[float, int]]], list[np.ndarray]]:
     """For every concept with a learned word in `learned`: word, best human caption, and no word at all.
 
-    The silhouette has no name, so the probe judges colours, pattern, background and style.
+    The set's pictures may have any colour: of those it counts how many are not the usual blue.
     """
     rows, pictures = {}, []
+    descriptions = concepts.describe()
     for concept in concepts.held_out().values():
         path = learned / concept.name / "learned_embeds.safetensors"
-        if concept.kind != "object" or not path.is_file():
+        if not path.is_file():
             continue
         word = f"<{concept.name}>"
         sd.add_concept(Concept.load(path, placeholder=word))
+        places = NEW_THINGS if concept.kind == "style" else NEW_PLACES
+        own = {"noun": "bird"} if concept.kind == "set" else descriptions[concept.name]["facts"]
+        truths = [facts | own for facts in places.values() for _ in range(4)]
         for kind, subject in (("word", word), ("caption", concept.caption), ("without", concept.init)):
-            texts = [template.format(subject) for template, _, _ in NEW_PLACES]
-            images = sd.sample(texts, num_images=4, **options)
-            thing = concept.thing
-            truths = [
-                {
-                    "color": thing.color,
-                    "color2": thing.color2,
-                    "pattern": thing.pattern,
-                    "background": b,
-                    "style": s,
-                }
-                for _, b, s in NEW_PLACES
-                for _ in range(4)
-            ]
-            rows[f"{concept.name}, {kind}"] = shares(truths, probe.read(pixels_of(images)))
+            images = sd.sample([place.format(subject) for place in places], num_images=4, **options)
+            read = probe.read(pixels_of(images))
+            rows[f"{concept.name}, {kind}"] = shares(truths, read)
+            if concept.kind == "set":
+                other = sum(r["color"] != "blue" for r in read) / len(read)
+                print(f"{concept.name}, {kind}: {100 * other:.1f} % are not blue")
             pictures += [np.asarray(image) for image in images]
     return rows, pictures
 
@@ -162,12 +154,15 @@ def main(argv: Sequence[str] | None) -> None:
     test = single_scenes(TEST_SEED, 1000, start=500_000)
     renders = to_pixels(np.stack([render(s) for s in test]))
     rows = {"probe on fresh renders": shares([facts_of(s) for s in test], probe.read(renders))}
+    strange = concept_examples(TEST_SEED, 500, start=550_000)
+    read = probe.read(to_pixels(np.stack([picture for picture, _ in strange])))
+    rows["probe on fresh renders of concepts"] = shares([facts for _, facts in strange], read)
     with torch.no_grad():
         back = torch.cat([sd.vae.decode(sd.vae.encode(p).mean) for p in renders.split(50)])
     rows["probe after the autoencoder"] = shares([facts_of(s) for s in test], probe.read(back))
     mean, overall = psnr(sd, 200)
     print(f"autoencoder: {mean:.2f} dB (mean over pictures), {overall:.2f} dB (of the mean error)")
-    full, random = retrieval(sd, args.checkpoint / "image_encoder")
+    full, random = retrieval(Scorer.load(args.checkpoint))
     print(
         f"CLIP, text to image among 100: {100 * full:.1f} % full captions, {100 * random:.1f} % random ones"
     )

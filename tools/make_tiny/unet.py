@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minti.clip import CLIPTextModel
-from minti.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minti.config import ScheduleConfig, TextConfig, UNetConfig
 from minti.diffusion import Schedule
 from minti.pipeline import StableDiffusion
 from minti.tokenizer import Tokenizer
 from minti.unet import UNet
-from minti.vae import VAE
 
 from . import models
 from .data import Pictures, caption_at
+from .decoder import load_vae
 from .draw import sheet
 from .latents import scaling_factor
 from .training import Run, ema_of, train
@@ -51,9 +51,7 @@ def stage(run: Run) -> None:
     pictures = Pictures(run.work, len(stored))
     text = load_text_encoder(run, pictures.tokenizer)
     scale = scaling_factor(stored)
-    vae = VAE(VAEConfig.from_json({**models.VAE, "scaling_factor": scale}, "vae"))
-    vae.load_state_dict(ema_of(run.work, "vae")["vae"])
-    vae = vae.to(run.device).eval()
+    vae = load_vae(run.work, scale).to(run.device)
     schedule = Schedule(ScheduleConfig.from_json(models.SCHEDULER, "scheduler"))
     torch.manual_seed(run.seed)
     unet = UNet(UNetConfig.from_json(models.UNET, "unet"))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minti.config import VAEConfig
 from minti.vae import VAE
@@ -33,11 +33,38 @@ def spread_loss(mean: Tensor) -> Tensor:
     return centre.square().mean() + (covariance - torch.eye(len(z), device=z.device)).square().mean()
 
 
+def reconstruction_loss(result: Tensor, pixels: Tensor) -> Tensor:
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(result), edges(pixels), strict=True))
+    return F.l1_loss(result, pixels) + 2 * F.mse_loss(result, pixels) + EDGE_WEIGHT * edge
+
+
+class Preview:
+    """Says how well held-out pictures come back, and shows some."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        pictures = np.stack([picture_at(i, TEST_SEED) for i in range(128)])
+        self.pixels = to_pixels(pictures).to(run.device)
+
+    @torch.no_grad()
+    def __call__(self, vae: VAE, step: int) -> None:
+        mean = vae.encode(self.pixels).mean
+        result = vae.decode(mean)
+        mse = (result.clamp(-1, 1) - self.pixels).square().mean(dim=(1, 2, 3))
+        decibels = (10 * (4 / mse).log10()).mean()
+        even = [round(value, 2) for value in mean.transpose(0, 1).flatten(1).std(dim=1).tolist()]
+        text = f"{decibels:.2f} dB on held-out pictures, latents' std {even}"
+        print(f"{self.run.name} step {step}: {text}", flush=True)
+        parts = [x[16 * k : 16 * k + 16] for k in range(3) for x in (self.pixels, result)]
+        folder = self.run.folder / "previews"
+        folder.mkdir(exist_ok=True)
+        sheet([p for x in parts for p in to_pictures(x)], 16).save(folder / f"step-{step:06d}.png")
+
+
 def stage(run: Run) -> None:
-    pictures = Pictures(run.work)
+    pictures, preview = Pictures(run.work), Preview(run)
     torch.manual_seed(run.seed)
     model = VAE(VAEConfig.from_json(models.VAE, "vae")).to(run.device, memory_format=torch.channels_last)
-    test = to_pixels(np.stack([picture_at(i, TEST_SEED) for i in range(128)])).to(run.device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         pixels = pictures.batch(pictures.indices(step, run.batch, run.seed)).to(run.device)
@@ -49,26 +76,10 @@ def stage(run: Run) -> None:
             noise = torch.randn(mean.shape, generator=noise_of, device=run.device)
             result = model.decode(mean + std * noise)
         result = result.float()
-        mse, l1 = F.mse_loss(result, pixels), F.l1_loss(result, pixels)
-        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(result), edges(pixels), strict=True))
         kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
         spread = spread_loss(mean)
-        loss = l1 + 2 * mse + EDGE_WEIGHT * edge + KL_WEIGHT * kl + SPREAD_WEIGHT * spread
-        psnr = 10 * math.log10(4 / mse.item())
+        loss = reconstruction_loss(result, pixels) + KL_WEIGHT * kl + SPREAD_WEIGHT * spread
+        psnr = 10 * math.log10(4 / F.mse_loss(result, pixels).item())
         return loss, {"psnr": psnr, "spread": spread.item(), "std": std.mean().item()}
 
-    @torch.no_grad()
-    def preview(ema: dict[str, nn.Module], step: int) -> None:
-        vae: VAE = ema["vae"]
-        mean = vae.encode(test).mean
-        result = vae.decode(mean)
-        mse = (result.clamp(-1, 1) - test).square().mean(dim=(1, 2, 3))
-        spread = mean.transpose(0, 1).flatten(1).std(dim=1)
-        decibels = (10 * (4 / mse).log10()).mean()
-        even = [round(value, 2) for value in spread.tolist()]
-        print(f"vae step {step}: {decibels:.2f} dB on held-out pictures, latents' std {even}", flush=True)
-        rows = [p for k in range(3) for x in (test, result) for p in to_pictures(x[16 * k : 16 * k + 16])]
-        (run.folder / "previews").mkdir(exist_ok=True)
-        sheet(rows, 16).save(run.folder / "previews" / f"step-{step:06d}.png")
-
-    train(run, {"vae": model}, loss_of, preview)
+    train(run, {"vae": model}, loss_of, lambda ema, step: preview(ema["vae"], step))
