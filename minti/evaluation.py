@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .pictures import PAPER, Job, Protocol, Store, Tick, file_name, models, prompt_job
 from .pipeline import StableDiffusion
-from .scoring import Score, Scorer, bootstrap, clip_i, clip_t, clip_t_pairwise, image_only
+from .scoring import Score, Scorer, bootstrap, clip_i, clip_t, clip_t_pairwise, combine, image_only
 from .templates import PromptList, fill
 
 Statistic = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,7 +53,7 @@ class Evaluation:
     clip_t: Score | None
     clip_t_pairwise: Score | None
     rows: Sequence[Row] = ()
-    tradeoff: float | None = None
+    tradeoff: Score | None = None
 
 
 @dataclass
@@ -165,7 +165,7 @@ def evaluate_word(
     return benchmark.score(embeddings, word if name is None else name, kind, protocol.seed)
 
 
-def tradeoff(evaluation: Evaluation, image_only: Evaluation, prompt_only: Evaluation) -> float | None:
+def tradeoff(evaluation: Evaluation, image_only: Evaluation, prompt_only: Evaluation) -> Score | None:
     """One number for reconstruction and editability: their harmonic mean, on the scale of the references.
 
     CLIP-I and CLIP-T have ranges of their own, in which a hundredth may be much or little. So each is
@@ -174,12 +174,19 @@ def tradeoff(evaluation: Evaluation, image_only: Evaluation, prompt_only: Evalua
     is, so that neither reference scores more than 0; half way on both is 0.5. None if the references span no
     scale.
     """
-    i = [e.clip_i.value for e in (evaluation, image_only, prompt_only)]
-    t = [e.clip_t.value for e in (evaluation, image_only, prompt_only) if e.clip_t]
-    if len(t) < 3 or i[1] <= i[2] or t[2] <= t[1]:
+    if not (evaluation.clip_t and image_only.clip_t and prompt_only.clip_t):
         return None
-    r, e = max(0.0, (i[0] - i[2]) / (i[1] - i[2])), max(0.0, (t[0] - t[1]) / (t[2] - t[1]))
-    return 2 * r * e / (r + e) if r + e else 0.0
+    worst, best = prompt_only.clip_i.value, image_only.clip_i.value
+    deaf, faithful = image_only.clip_t.value, prompt_only.clip_t.value
+    if best <= worst or faithful <= deaf:
+        return None
+
+    def harmonic(i: Tensor, t: Tensor) -> Tensor:
+        r = ((i - worst) / (best - worst)).clamp(min=0)
+        e = ((t - deaf) / (faithful - deaf)).clamp(min=0)
+        return 2 * r * e / (r + e).clamp(min=1e-12)
+
+    return combine(harmonic, [evaluation.clip_i, evaluation.clip_t])
 
 
 def with_tradeoffs(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
@@ -195,4 +202,4 @@ def best(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """The word with the best trade-off, or the only word; None if nothing tells which of them is better."""
     words = [e for e in evaluations if e.kind == "word"]
     scored = [e for e in words if e.tradeoff is not None]
-    return words[0] if len(words) == 1 else max(scored, key=lambda e: e.tradeoff, default=None)
+    return words[0] if len(words) == 1 else max(scored, key=lambda e: e.tradeoff.value, default=None)

@@ -15,8 +15,9 @@ from .pictures import COLUMNS, thumbnails
 from .pipeline import image_grid
 from .sample import encode_png
 from .scatter import Point, scatter
+from .scoring import Score
 
-SCORES = ("clip_i", "clip_t", "clip_t_pairwise")
+SCORES = ("clip_i", "clip_t", "clip_t_pairwise", "tradeoff")
 
 
 def table(evaluations: Sequence[Evaluation]) -> str:
@@ -24,7 +25,7 @@ def table(evaluations: Sequence[Evaluation]) -> str:
     rows = [("", "CLIP-I", "CLIP-T", "CLIP-T pairwise", "trade-off")]
     for e in evaluations:
         scores = ["-" if getattr(e, name) is None else str(getattr(e, name)) for name in SCORES]
-        rows.append((e.name, *scores, "-" if e.tradeoff is None else f"{e.tradeoff:.3f}"))
+        rows.append((e.name, *scores))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -37,8 +38,8 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
 
     def flat(item: Any) -> dict[str, Any]:
         values = {key: value for key, value in vars(item).items() if key != "rows"}
-        scores = {name: values[name] for name in SCORES if values[name]}
-        intervals = {n: [round(s.low, 6), round(s.high, 6)] for n, s in scores.items() if s.low is not None}
+        scores = {name: value for name, value in values.items() if isinstance(value, Score)}
+        intervals = {n: [round(x, 6) for x in s.interval] for n, s in scores.items() if s.interval}
         values |= {name: round(score.value, 6) for name, score in scores.items()}
         return values | {"intervals": intervals}
 
@@ -46,9 +47,10 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def report(evaluations: Sequence[Evaluation], model: Mapping[str, Any], settings: Mapping[str, Any]) -> bytes:
-    """evaluation.json: on top what the best word, or the first thing that was scored, came to; then all."""
-    lead = as_json(best(evaluations) or next(e for e in evaluations if e.rows))
-    keys = ("name", *SCORES, "tradeoff", "intervals")
+    """evaluation.json: on top what the best word came to, or the last one that was scored; then all."""
+    scored = [e for e in evaluations if e.rows]
+    lead = as_json(best(evaluations) or ([e for e in scored if e.kind == "word"] or scored)[-1])
+    keys = ("name", *SCORES, "intervals")
     value = {key: lead[key] for key in keys} | {"model": model, "settings": settings}
     value |= {"prompts": lead["prompts"], "evaluations": [as_json(e) for e in evaluations]}
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
@@ -60,8 +62,8 @@ def plot(evaluations: Sequence[Evaluation]) -> str:
     def point(e: Evaluation) -> Point:
         label = e.name if len(e.name) <= 36 else f"{e.name[:33]}..."
         series = "reference" if e.kind.endswith("only") else e.kind
-        intervals = [None if s.low is None else (s.low, s.high) for s in (e.clip_t, e.clip_i)]
         joined = e.kind == "word" and e.name.startswith("step ")
+        intervals = e.clip_t.interval, e.clip_i.interval
         return Point(e.clip_t.value, e.clip_i.value, label, series, joined, *intervals)
 
     points = [point(e) for e in evaluations if e.clip_t]

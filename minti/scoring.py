@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -131,26 +131,66 @@ def image_only(photos: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """A score and the interval that holds it with 95 % confidence; None where there is nothing to vary."""
+    """A score, and what it would be with other pictures.
+
+    Attributes:
+        draws: (R,) the score with the pictures drawn anew, see `bootstrap`; None where there is nothing to
+            vary.
+    """
 
     value: float
-    low: float | None = None
-    high: float | None = None
+    draws: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Holds the score with 95 % confidence.
+
+        The middle 95 % of the draws, moved as a whole by what they are off on average: resampled pictures
+        repeat themselves, which by itself lowers CLIP-T a little.
+        """
+        if self.draws is None:
+            return None
+        tail = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=self.draws.dtype)
+        low, high = (self.value + self.draws.quantile(tail) - self.draws.mean()).tolist()
+        return low, high
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the interval; 0 where there is none."""
+        low, high = self.interval or (0.0, 0.0)
+        return (high - low) / 2
 
     def __str__(self) -> str:
-        interval = "" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]"
+        interval = "" if self.draws is None else " [{:.4f}, {:.4f}]".format(*self.interval)
         return f"{self.value:.4f}{interval}"
 
 
-def bootstrap(
-    statistics: Sequence[tuple[Callable[[Tensor], Tensor], int]], seed: int = 0, resamples: int = RESAMPLES
-) -> Score:
+def combine(function: Callable[..., Tensor], scores: Sequence[Score]) -> Score:
+    """A function of scores as a score itself. Draw i of all of them is of the same noise, so it stays paired.
+
+    Args:
+        function: of as many tensors as there are scores, elementwise.
+    """
+    value = function(*(torch.tensor(s.value, dtype=torch.float64) for s in scores)).item()
+    if all(s.draws is None for s in scores):
+        return Score(value)
+    return Score(value, function(*(torch.tensor(s.value) if s.draws is None else s.draws for s in scores)))
+
+
+def mean_score(scores: Sequence[Score | None]) -> Score | None:
+    """Of those that are there; None if none is."""
+    known = [score for score in scores if score is not None]
+    return combine(lambda *values: sum(values) / len(values), known) if known else None
+
+
+Term = tuple[Callable[[Tensor], Tensor], int]
+
+
+def bootstrap(statistics: Sequence[Term], seed: int = 0, resamples: int = RESAMPLES) -> Score:
     """The mean of some scores, and how far it would vary with other pictures (Efron 1979).
 
     The pictures are drawn anew, with replacement, over and over; those made from the same noise, picture i of
-    every prompt, stay together. The interval holds the middle 95 % of the resulting means, moved as a whole
-    by what they are off on average: resampled pictures repeat themselves, which by itself lowers CLIP-T a
-    little. It says nothing about other photos or other prompts.
+    every prompt, stay together. This says nothing about other photos or other prompts.
 
     Args:
         statistics: for each score a function (R, N) weights -> (R,), and N, how many pictures it is of.
@@ -162,7 +202,5 @@ def bootstrap(
     for n in {n for _, n in statistics}:
         drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
         weights[n] = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.full(drawn.shape, 1 / n))
-    means = torch.stack([f(weights[n]) for f, n in statistics]).mean(dim=0)  # (scores, R) -> (R,)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = (value + means.quantile(q).item() - means.mean().item() for q in (tail, 1 - tail))
-    return Score(value, low, high)
+    # (scores, R) -> (R,)
+    return Score(value, torch.stack([f(weights[n]) for f, n in statistics]).mean(dim=0))

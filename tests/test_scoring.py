@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,14 +22,17 @@ from transformers import CLIPConfig, CLIPModel
 from minti import InputError, keymap
 from minti.clip_files import Preprocess
 from minti.scoring import (
+    Score,
     Scorer,
     bootstrap,
     choose_clip,
     clip_i,
     clip_t,
     clip_t_pairwise,
+    combine,
     fingerprint,
     image_only,
+    mean_score,
 )
 from minti.tokenizer import replace_words
 
@@ -533,8 +537,9 @@ def test_the_interval_of_a_mean_is_the_textbook_one() -> None:
     values = images @ text
     half = 1.96 * values.std(correction=0).item() / math.sqrt(200)
     assert score.value == pytest.approx(values.mean().item(), rel=1e-5)
-    assert score.value - score.low == pytest.approx(half, rel=0.1)
-    assert score.high - score.value == pytest.approx(half, rel=0.1)
+    low, high = score.interval
+    assert score.value - low == pytest.approx(half, rel=0.1)
+    assert high - score.value == pytest.approx(half, rel=0.1)
 
 
 def test_pictures_from_the_same_noise_stay_together() -> None:
@@ -542,11 +547,11 @@ def test_pictures_from_the_same_noise_stay_together() -> None:
     values = torch.linspace(0, 1, 20)
     score = bootstrap([(lambda w: w @ values, 20), (lambda w: w @ (1 - values), 20)])
     assert score.value == pytest.approx(0.5)
-    assert score.high - score.low < 1e-6
+    assert score.margin < 1e-6
     alone = bootstrap([(lambda w: w @ values, 20)])
-    assert alone.high - alone.low > 0.1
+    assert alone.margin > 0.05
     other_number = bootstrap([(lambda w: w @ values, 20), (lambda w: w @ (1 - values[:19]), 19)])
-    assert other_number.high - other_number.low > 0.1
+    assert other_number.margin > 0.05
 
 
 def test_intervals_hold_their_score_and_repeat() -> None:
@@ -554,10 +559,24 @@ def test_intervals_hold_their_score_and_repeat() -> None:
     images, text = random_units(3, 4), random_units(1, 2)[0]
     one, two = (bootstrap([(lambda w: clip_t(images, text, w), 3)], seed) for seed in (0, 1))
     for score in (one, two):
-        assert score.low < score.value < score.high
-    assert one == bootstrap([(lambda w: clip_t(images, text, w), 3)], 0) != two
+        low, high = score.interval
+        assert low < score.value < high
+    again = bootstrap([(lambda w: clip_t(images, text, w), 3)], 0)
+    assert one.interval == again.interval != two.interval
     single = bootstrap([(lambda w: clip_t(images[:1], text, w), 1)])
-    assert (single.low, single.high) == (None, None)
+    assert single.interval is None and single.margin == 0
+
+
+def test_scores_of_the_same_noise_are_combined_draw_by_draw() -> None:
+    """What two setups owe to their noise cancels in the difference; a constant has no draws to add."""
+    values = torch.linspace(0, 1, 20)
+    a, b = (bootstrap([(lambda w, s=shift: w @ (values + s), 20)]) for shift in (0.0, 0.1))
+    difference = combine(operator.sub, [b, a])
+    assert difference.value == pytest.approx(0.1) and difference.margin < 1e-6 < a.margin
+    shifted = combine(operator.add, [a, Score(3.0)])
+    assert shifted.value == pytest.approx(3.5) and shifted.margin == pytest.approx(a.margin, rel=1e-4)
+    assert combine(operator.sub, [Score(3.0), Score(1.0)]) == Score(2.0)
+    assert mean_score([a, None, b]).value == pytest.approx(0.55) and mean_score([None]) is None
 
 
 # The prompt without the word ---

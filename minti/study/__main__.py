@@ -30,6 +30,7 @@ MAY_DIFFER = (
     "recipe",
     "out",
     "overwrite",
+    "attention",
     "device",
     "compile",
     "sample_batch_size",
@@ -51,7 +52,7 @@ def options() -> cli.Options:
     opts.add(group, "--out", metavar="DIR", help="folder for everything; by default runs/study/RECIPE")
     opts.add(group, "--overwrite", False, help="begin anew, whatever is finished in --out")
     opts.add(group, "--quick", False, help="few steps, pictures, prompts; one concept: minutes, not hours")
-    text = "concepts: a set (final, development, all), or names with commas between"
+    text = "concepts: a set (final, development), or names with commas between"
     opts.add(group, "--choose", "final", metavar="SET|NAMES", help=text)
     opts.add(group, "--words-at-once", 8, type=at_least_1, metavar="N", help="words learned in one batch")
     group = "pictures to be scored"
@@ -153,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sd.schedule.timesteps(plan.protocol.steps)
     scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
     judge = Judge.load(Path(args.checkpoint))
+    for target in plan.targets if judge else ():
+        judge.check(target.facts, target.name)
     learner, store = Learner(sd, out, args.compile), Store(out / "pictures")
     for ask in plan.asks:
         if ask.variant:

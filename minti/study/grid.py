@@ -83,17 +83,23 @@ def read_targets(source: str | Mapping[str, Any] | None) -> dict[str, Target]:
 
 
 def choose_targets(targets: Mapping[str, Target], choice: str, kinds: Sequence[str]) -> list[Target]:
-    """Those of one set ("final", "development", "all") that are of certain kinds; or names, with commas."""
+    """Those of one set, "final" or "development", that are of certain kinds; or names, with commas between.
+
+    Raises:
+        InputError: there are none; or they are of several sets, which do not belong in one average.
+    """
     names = [name.strip() for name in choice.split(",")]
-    if all(name in targets for name in names):
-        return [targets[name] for name in names]
-    chosen = [t for t in targets.values() if t.kind in kinds and choice in (t.set, "all")]
+    chosen = [targets[name] for name in names if name in targets]
+    if len(chosen) < len(names):
+        chosen = [t for t in targets.values() if t.kind in kinds and t.set == choice]
+    sets = sorted({t.set for t in chosen or targets.values()})
     if not chosen:
-        sets = sorted({t.set for t in targets.values() if t.set} | {"all"})
         raise InputError(
-            f"--choose {choice}: no such concepts; choose a set ({', '.join(sets)}) or among "
+            f"--choose {choice}: no such concepts; choose a set ({', '.join(filter(None, sets))}) or among "
             f"{', '.join(targets)}"
         )
+    if len(sets) > 1:
+        raise InputError(f"--choose {choice}: of the sets {' and '.join(sets)}; study one at a time")
     return chosen
 
 

@@ -112,7 +112,8 @@ def some_prompts(prompts: PromptList, quick: bool) -> PromptList:
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts.prompts:
         groups.setdefault(prompt.group, []).append(prompt)
-    few = [prompt for group in groups.values() for prompt in group[:QUICK_PROMPTS_OF_A_GROUP]]
+    n = QUICK_PROMPTS_OF_A_GROUP  # from all over a group, since neighbours are alike
+    few = [group[i * len(group) // n] for group in groups.values() for i in range(min(n, len(group)))]
     return PromptList(few, prompts.reconstruction)
 
 

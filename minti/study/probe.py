@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config import InputError, read_json
+from ..scoring import Score, Term, bootstrap
 from ..weightfile import WeightFile
 
 Facts = Mapping[str, str]  # such as {"color": "red", "background": "snow"}
@@ -79,11 +80,13 @@ class Truth:
         kept: facts of the concept, in pictures of the prompt for reconstruction: the truth about CLIP-I.
         kept_edited: the same in those of the other prompts.
         followed: facts that the other prompts ask for: the truth about CLIP-T.
+        asked: the other prompts that ask for any.
     """
 
-    kept: float | None
-    kept_edited: float | None
-    followed: float | None
+    kept: Score | None
+    kept_edited: Score | None
+    followed: Score | None
+    asked: Sequence[str] = ()
 
 
 @dataclass
@@ -130,6 +133,13 @@ class Judge:
                 found |= facts
         return found
 
+    def check(self, facts: Facts, name: str) -> None:
+        """Raises InputError unless these facts of a concept are among what the probe reads."""
+        for fact, value in facts.items():
+            if value not in self.probe.facts.get(fact, ()):
+                known = ", ".join(self.probe.facts.get(fact, self.probe.facts))
+                raise InputError(f"concepts: {name} has {fact}: {value!r}; the probe knows {known}")
+
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]] | None:
         """The facts of each picture; None if they are not of the probe's size."""
         if any(image.size != (Probe.SIZE, Probe.SIZE) for image in images):
@@ -138,7 +148,7 @@ class Judge:
         return self.probe.read(pixels.permute(0, 3, 1, 2) / 127.5 - 1)  # (B, H, W, 3) -> (B, 3, H, W)
 
     def judge(
-        self, pictures: Mapping[str, Sequence[Image.Image]], facts: Facts, reconstruction: str
+        self, pictures: Mapping[str, Sequence[Image.Image]], facts: Facts, reconstruction: str, seed: int = 0
     ) -> Truth | None:
         """How often pictures are right, each prompt counting the same.
 
@@ -146,9 +156,10 @@ class Judge:
             pictures: of every prompt.
             facts: of the concept.
             reconstruction: the prompt that only names it.
+            seed: of the bootstrap.
         """
         plain = self.asked(reconstruction) or {}
-        kept, kept_edited, followed = [], [], []
+        kept, kept_edited, followed, telling = [], [], [], []
         for template, images in pictures.items():
             asked = self.asked(template)
             readings = None if asked is None else self.read(images)
@@ -157,17 +168,19 @@ class Judge:
             # Told to be red, a thing in two colours may give up either.
             own = {f: v for f, v in facts.items() if not (f in ("color", "color2") and "color" in asked)}
             wanted = {f: v for f, v in asked.items() if plain.get(f) != v}
-            (kept if template == reconstruction else kept_edited).extend(_share(own, readings))
-            if template != reconstruction:
-                followed.extend(_share(wanted, readings))
+            if own:
+                (kept if template == reconstruction else kept_edited).append(_share(own, readings))
+            if wanted and template != reconstruction:
+                followed.append(_share(wanted, readings))
+                telling.append(template)
         if not (kept or kept_edited or followed):
             return None
-        return Truth(
-            *(sum(shares) / len(shares) if shares else None for shares in (kept, kept_edited, followed))
-        )
+        scores = (bootstrap(shares, seed) if shares else None for shares in (kept, kept_edited, followed))
+        return Truth(*scores, tuple(telling))
 
 
-def _share(facts: Facts, readings: Sequence[Facts]) -> list[float]:
-    """The share of right facts, as the one entry of a list; no entry if there are no facts."""
-    right = [reading[fact] == value for reading in readings for fact, value in facts.items()]
-    return [sum(right) / len(right)] if right else []
+def _share(facts: Facts, readings: Sequence[Facts]) -> Term:
+    """The share of right facts in pictures, as `bootstrap` takes it."""
+    right = torch.tensor([[reading[fact] == value for fact, value in facts.items()] for reading in readings])
+    shares = right.float().mean(dim=1)  # (N, facts) -> (N,)
+    return (lambda weights: weights @ shares), len(shares)

@@ -11,7 +11,7 @@ from typing import Any
 from ..files import write_atomically
 from ..report import HEAD, STYLE, picture
 from ..scatter import Point, scatter
-from .summary import Outcome, disagreements, rank_correlation
+from .summary import TRUTHS, Outcome, disagreements, rank_correlation
 
 WIDE = """
 body { max-width: 76rem; } .scroll { overflow-x: auto; } .scores td, .scores th { padding-right: .9rem; }
@@ -33,8 +33,8 @@ COLUMNS = (
     ("followed", "edits done"),
 )
 TRUE_PAIRS = (
-    ("clip_i", "kept", "CLIP-I", "of the colours and patterns are right"),
-    ("clip_t", "followed", "CLIP-T", "of what the prompts ask for is there"),
+    ("clip_i", "kept", "CLIP-I", "of the concept's attributes are right"),
+    ("clip_t_asked", "followed", "CLIP-T", "of what the prompts ask for is there"),
 )
 
 
@@ -86,7 +86,7 @@ class Report:
 
     def _accuracy(self) -> str:
         shares = ", ".join(f"{fact} {100 * share:.0f} %" for fact, share in self.accuracy.items())
-        return f" Of fresh renderings it reads right: {shares}." if shares else ""
+        return f" Of fresh renderings of the concepts it reads right: {shares}." if shares else ""
 
     def _misleads(self) -> str:
         own = [o for o in self.outcomes if o.evaluation.kind != "image only"]
@@ -101,14 +101,14 @@ class Report:
             for item in pairs:
                 a, b = item.liked, item.right
                 text = (
-                    f"{a.concept}: {label} puts “{a.name}” ({a.value(score):.3f}) above “{b.name}” "
-                    f"({b.value(score):.3f}), but {100 * a.value(truth):.0f} % {meaning}, "
-                    f"and {100 * b.value(truth):.0f} % with the other."
+                    f"{a.concept}: {label} puts “{a.name}” ({a.score(score).value:.3f}) above “{b.name}” "
+                    f"({b.score(score).value:.3f}), but {100 * a.score(truth).value:.0f} % {meaning}, "
+                    f"and {100 * b.score(truth).value:.0f} % with the other."
                 )
                 strips = [self._strip(o.concept, o.name, o.note) for o in (a, b)]
                 parts.append(f"<p class=warn>{escape(text)}</p>{''.join(strips)}")
             if not pairs:
-                parts.append("<p>No pair is out of order by more than chance and a tenth of the truth.</p>")
+                parts.append("<p>No pair is out of order beyond chance, and by a tenth of the truth.</p>")
         return "".join(parts)
 
     def _strip(self, concept: str, name: str, note: str) -> str:
@@ -159,8 +159,8 @@ _SCORES = (
 )
 _TRUTH = (
     "Right attributes and edits done are the truth about them: how often a classifier that has been "
-    "trained on this world finds the colours and pattern of the concept, and the background, style or "
-    "colour that a prompt asks for. It does not judge silhouettes, sizes, or pictures of two things. "
+    "trained on this world finds the shape, colours and pattern of the concept, and the background, style "
+    "or colour that a prompt asks for. It does not judge sizes, nor pictures of two things. "
     "Its own errors show in the row “image only”: that is what it makes of the photos themselves."
 )
 _MISLEADS = "The classifier knows what is in the pictures; CLIP has an opinion. Image Only is left out here."
@@ -175,9 +175,9 @@ def plot(outcomes: Sequence[Outcome]) -> str:
         e = o.evaluation
         if not e.clip_t:
             continue
-        intervals = [None if s.low is None else (s.low, s.high) for s in (e.clip_t, e.clip_i)]
         joined = e.kind == "word" and families.count(o.family) > 1
         series = o.family if joined else "reference" if e.kind.endswith("only") else e.kind
+        intervals = e.clip_t.interval, e.clip_i.interval
         points.append(Point(e.clip_t.value, e.clip_i.value, o.name, series, joined, *intervals))
     title = "Reconstruction against editability"
     svg = scatter(title, "editability, CLIP-T", "reconstruction, CLIP-I", points)
@@ -186,7 +186,7 @@ def plot(outcomes: Sequence[Outcome]) -> str:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """The scores of each outcome; columns without any are left out."""
-    columns = [(key, head) for key, head in COLUMNS if any(o.value(key) is not None for o in outcomes)]
+    columns = [(key, head) for key, head in COLUMNS if any(o.score(key) for o in outcomes)]
     lengths = any(o.length is not None for o in outcomes)
     heads = (
         "".join(f"<th scope=col>{head}</th>" for _, head in columns) + "<th scope=col>length</th>" * lengths
@@ -201,12 +201,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _cell(outcome: Outcome, key: str) -> str:
-    value, margin = outcome.value(key), outcome.margin(key)
-    if value is None:
+    score = outcome.score(key)
+    if score is None:
         return ""
-    if key in ("kept", "kept_edited", "followed"):
-        return f"{100 * value:.0f} %"
-    return f"{value:.3f}" + (f" <small>± {margin:.3f}</small>" if margin else "")
+    percent = key in TRUTHS
+    value = f"{100 * score.value:.0f} %" if percent else f"{score.value:.3f}"
+    margin = f"{100 * score.margin:.0f}" if percent else f"{score.margin:.3f}"
+    return value + f" <small>± {margin}</small>" * bool(score.interval)
 
 
 def _small(note: str) -> str:
@@ -222,9 +223,8 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
         if None not in claim["values"]:
             head = dict(COLUMNS)[claim["score"]]
             a, b = claim["values"]
-            numbers = (
-                f"{head}: {names[0]} {a:.3f}, {claim['expect']} {names[1]} {b:.3f}, ± {claim['margin']:.3f}"
-            )
+            margin = "" if claim["margin"] is None else f", ± {claim['margin']:.3f}"
+            numbers = f"{head}: {names[0]} {a:.3f}, {claim['expect']} {names[1]} {b:.3f}{margin}"
         rows.append(
             f"<tr><td>{escape(str(claim['says']))}{_small(numbers)}</td><td class={kind or 'soft'}>"
             f"<b>{escape(claim['verdict'])}</b></td></tr>"

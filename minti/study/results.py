@@ -58,19 +58,20 @@ def score(
     def truth(pictures: Mapping[str, Sequence[Image.Image]]) -> Truth | None:
         if judge is None or not target.facts:
             return None
-        return judge.judge(pictures, target.facts, benchmark.prompts.reconstruction)
+        return judge.judge(pictures, target.facts, benchmark.prompts.reconstruction, plan.protocol.seed)
 
     typical = sd.vocabulary.float().norm(dim=1).mean().item()
     outcomes = []
     for (ask, jobs), evaluation in zip(asked, evaluations, strict=False):  # the last one is Image Only
-        note, length = ask.text, None
+        note, length, diverged = ask.text, None, False
         if ask.variant:
             concept = words[ask.variant][1]
             length = concept.vectors.norm(dim=1).mean().item() / typical
             last = int(concept.metadata["step"])
-            note = f"diverged after step {last}" if last < ask.variant.settings.steps else ""
+            diverged = last < ask.variant.settings.steps
+            note = f"diverged after step {last}" * diverged
         pictures = {template: store.pictures(job) for template, job in jobs.items()}
-        outcomes.append(Outcome(target.name, ask.family, evaluation, truth(pictures), note, length))
+        outcomes.append(Outcome(target.name, ask.family, evaluation, truth(pictures), note, length, diverged))
     shown = truth(dict.fromkeys(benchmark.prompts.templates, photos))
     return [*outcomes, Outcome(target.name, "image only", evaluations[-1], shown)]
 

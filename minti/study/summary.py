@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ import numpy as np
 from ..config import InputError
 from ..evaluation import Evaluation
 from ..results import SCORES, as_json
-from ..scoring import Score
+from ..scoring import Score, combine, mean_score
 from .probe import Truth
 
-TRUTHS = tuple(f.name for f in fields(Truth))
+TRUTHS = ("kept", "kept_edited", "followed")
 EXPECTED = ("above", "at least", "at most")
 ALLOWANCE = 0.15  # of the distance between Image Only and Prompt Only
 
@@ -28,6 +28,7 @@ class Outcome:
         family: see `grid.Setup`.
         note: the caption; or what went wrong.
         length: of the learned vectors, in mean lengths of the vocabulary's.
+        diverged: whether learning broke off.
     """
 
     concept: str
@@ -36,26 +37,24 @@ class Outcome:
     truth: Truth | None = None
     note: str = ""
     length: float | None = None
+    diverged: bool = False
 
     @property
     def name(self) -> str:
         return self.evaluation.name
 
-    def value(self, score: str) -> float | None:
-        """One of SCORES, TRUTHS or "tradeoff"; None if it was not to be had."""
-        if score in TRUTHS:
-            return getattr(self.truth, score) if self.truth else None
-        found = getattr(self.evaluation, score)
-        return found.value if isinstance(found, Score) else found
-
-    def margin(self, score: str) -> float:
-        """Half the width of the interval around a score; 0 where there is none."""
-        found = getattr(self.evaluation, score) if score in SCORES else None
-        return (found.high - found.low) / 2 if found and found.low is not None else 0.0
+    def score(self, name: str) -> Score | None:
+        """One of SCORES or TRUTHS, or "clip_t_asked": CLIP-T of the prompts that `followed` is about."""
+        if name == "clip_t_asked":
+            asked = self.truth.asked if self.truth else ()
+            return mean_score([row.clip_t for row in self.evaluation.rows if row.prompt in asked])
+        return getattr(self.truth if name in TRUTHS else self.evaluation, name, None)
 
     def as_json(self) -> dict[str, Any]:
         about = {"concept": self.concept, "family": self.family, "note": self.note, "length": self.length}
-        return about | as_json(self.evaluation) | {"truth": self.truth and vars(self.truth)}
+        truths = {name: self.score(name) for name in TRUTHS} if self.truth else None
+        rounded = truths and {name: score and round(score.value, 6) for name, score in truths.items()}
+        return about | as_json(self.evaluation) | {"truth": rounded}
 
 
 def means(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -65,40 +64,21 @@ def means(outcomes: Sequence[Outcome]) -> list[Outcome]:
         names.setdefault(outcome.name, []).append(outcome)
     result = []
     for same in names.values():
-        evaluations = [o.evaluation for o in same]
-        scores = {name: _mean_score([getattr(e, name) for e in evaluations]) for name in SCORES}
-        evaluation = replace(
-            evaluations[0], rows=(), tradeoff=_mean([e.tradeoff for e in evaluations]), **scores
-        )
-        truths = [o.truth for o in same if o.truth]
-        truth = Truth(*(_mean([getattr(t, name) for t in truths]) for name in TRUTHS)) if truths else None
-        length = _mean([o.length for o in same])
+        scores = {name: mean_score([o.score(name) for o in same]) for name in SCORES}
+        evaluation = replace(same[0].evaluation, rows=(), **scores)
+        truths = [mean_score([o.score(name) for o in same]) for name in TRUTHS]
+        truth = Truth(*truths) if any(truths) else None
+        lengths = [o.length for o in same if o.length is not None]
+        length = sum(lengths) / len(lengths) if lengths else None
         result.append(Outcome("", same[0].family, evaluation, truth, _count(same), length))
     return result
 
 
 def _count(same: Sequence[Outcome]) -> str:
-    concepts = len({o.concept for o in same})
+    concepts, diverged = len({o.concept for o in same}), sum(o.diverged for o in same)
     text = f"{concepts} concept{'s' * (concepts > 1)}"
-    return text if len(same) == concepts else f"{text}, {len(same)} captions"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _mean_score(scores: Sequence[Score | None]) -> Score | None:
-    """Mean of independent scores: their errors partly cancel out."""
-    known = [score for score in scores if score is not None]
-    if not known:
-        return None
-    value = sum(score.value for score in known) / len(known)
-    if any(score.low is None for score in known):
-        return Score(value)
-    low = math.hypot(*(score.value - score.low for score in known)) / len(known)
-    high = math.hypot(*(score.high - score.value for score in known)) / len(known)
-    return Score(value, value - low, value + high)
+    text += f", {len(same)} captions" * (len(same) != concepts)
+    return text + f", {diverged} diverged" * bool(diverged)
 
 
 # Claims
@@ -113,8 +93,8 @@ def check_claims(claims: Any, names: Sequence[str]) -> None:
     for claim in claims:
         if not isinstance(claim, Mapping) or set(claim) != {"says", "first", "second", "score", "expect"}:
             raise InputError("claims: each needs says, first, second, score and expect, and nothing else")
-        if claim["expect"] not in EXPECTED or claim["score"] not in (*SCORES, *TRUTHS, "tradeoff"):
-            choices, scores = ", ".join(EXPECTED), ", ".join((*SCORES, *TRUTHS, "tradeoff"))
+        if claim["expect"] not in EXPECTED or claim["score"] not in (*SCORES, *TRUTHS):
+            choices, scores = ", ".join(EXPECTED), ", ".join((*SCORES, *TRUTHS))
             raise InputError(f"claims: {claim['says']!r} should expect {choices}, of one of {scores}")
         if not all(isinstance(claim[side], str | list) for side in ("first", "second")):
             raise InputError(f"claims: first and second of {claim['says']!r} should be names of setups")
@@ -133,33 +113,35 @@ def judge_claims(claims: Sequence[Mapping[str, Any]], rows: Sequence[Outcome]) -
         rows: means.
 
     Returns:
-        Each claim with `values` of both sides, `margin` (within which they may differ by chance), `verdict`.
+        Each claim with `values` of both sides, `margin` (within which they may differ by chance: 95 % of
+        differences between the same pictures drawn anew; None if there was nothing to draw), `verdict`.
     """
     by_name = {row.name: row for row in rows}
     results = []
     for claim in claims:
-        score = claim["score"]
-        sides = [[by_name[name] for name in _names(claim[side])] for side in ("first", "second")]
-        values = [_mean([row.value(score) for row in side]) for side in sides]
-        ends = [by_name[name].value(score) for name in ("image only", "prompt only")]
-        margin = math.hypot(*(math.hypot(*(r.margin(score) for r in side)) / len(side) for side in sides))
-        span = 0.0 if None in ends else abs(ends[0] - ends[1])
-        verdict = "cannot be told"
-        if None not in values:
-            verdict = _verdict(claim["expect"], values[0] - values[1], margin, max(margin, ALLOWANCE * span))
+        score, expect = claim["score"], claim["expect"]
+        sides = [
+            mean_score([by_name[name].score(score) for name in _names(claim[side])])
+            for side in ("first", "second")
+        ]
+        values, margin, verdict = [side and side.value for side in sides], None, "cannot be told"
+        if None not in sides:
+            difference = combine(operator.sub, sides)
+            ends = [by_name[name].score(score) for name in ("image only", "prompt only")]
+            span = 0.0 if None in ends else abs(ends[0].value - ends[1].value)
+            margin = difference.margin if difference.interval else None
+            verdict = _verdict(expect, difference.value, margin, ALLOWANCE * span)
         results.append({**claim, "values": values, "margin": margin, "verdict": verdict})
     return results
 
 
-def _verdict(expect: str, difference: float, margin: float, allowance: float) -> str:
-    if expect == "above" and abs(difference) <= margin:
+def _verdict(expect: str, difference: float, margin: float | None, allowance: float) -> str:
+    ahead = {"above": difference, "at least": difference + allowance, "at most": allowance - difference}
+    if margin is None:
+        return "cannot be told"
+    if abs(ahead[expect]) <= margin:
         return "too close to tell"
-    holds = {
-        "above": difference > 0,
-        "at least": difference >= -allowance,
-        "at most": difference <= allowance,
-    }
-    return "holds" if holds[expect] else "does not hold"
+    return "holds" if ahead[expect] > 0 else "does not hold"
 
 
 def _names(names: str | Sequence[str]) -> list[str]:
@@ -183,18 +165,18 @@ def rank_correlation(outcomes: Sequence[Outcome], score: str, truth: str) -> flo
     """Spearman's, between a score and the truth, mean over concepts; 1: CLIP ranks as it should."""
     found = []
     for concept in dict.fromkeys(o.concept for o in outcomes):
-        pairs = [(o.value(score), o.value(truth)) for o in outcomes if o.concept == concept]
-        x = np.array([pair for pair in pairs if None not in pair])
+        pairs = [(o.score(score), o.score(truth)) for o in outcomes if o.concept == concept]
+        x = np.array([[s.value for s in pair] for pair in pairs if None not in pair])
         if len(x) > 2 and (x.max(axis=0) > x.min(axis=0)).all():
             ranks = [(c[:, None] > c).sum(1) + 0.5 * (c[:, None] == c).sum(1) for c in x.T]
             found.append(float(np.corrcoef(ranks)[0, 1]))
-    return _mean(found)
+    return sum(found) / len(found) if found else None
 
 
 def disagreements(
     outcomes: Sequence[Outcome], score: str, truth: str, gap: float = 0.1, most: int = 3
 ) -> list[Disagreement]:
-    """Where CLIP misleads most: pairs of the same concept whose order it gets wrong beyond chance.
+    """Where CLIP misleads most: pairs of the same concept whose order it gets wrong, both beyond chance.
 
     Args:
         gap: the least difference of the truth that counts.
@@ -203,12 +185,12 @@ def disagreements(
     found = []
     for a in outcomes:
         for b in outcomes:
-            values = [o.value(key) for o in (a, b) for key in (score, truth)]
-            if a.concept != b.concept or None in values:
+            liking, truths = ([o.score(key) for o in (a, b)] for key in (score, truth))
+            if a.concept != b.concept or None in (*liking, *truths):
                 continue
-            beyond_chance = values[0] - values[2] > math.hypot(a.margin(score), b.margin(score))
-            if beyond_chance and values[3] - values[1] >= gap:
-                found.append(Disagreement(a, b, values[3] - values[1]))
+            liked, wrong = combine(operator.sub, liking), combine(operator.sub, truths[::-1])
+            if liked.value > liked.margin and wrong.value > max(gap, wrong.margin):
+                found.append(Disagreement(a, b, wrong.value))
     chosen: list[Disagreement] = []
     for item in sorted(found, key=lambda d: -d.gap):
         taken = [o for d in chosen for o in (d.liked, d.right)]

@@ -21,9 +21,11 @@ from minti.config import InputError
 from minti.draws import Samples
 
 MINTI, COMPILED, PEER = "minti", "minti compiled", "diffusers"
+CHECKPOINTED = "minti, checkpointing"
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     MINTI: ("tools.benchmark.ours", {}),
     COMPILED: ("tools.benchmark.ours", {"compiled": True}),
+    CHECKPOINTED: ("tools.benchmark.ours", {"checkpointing": True}),
     PEER: ("tools.benchmark.theirs", {}),
 }
 """Its module, with `Training`, `Sampling` and `load`, and what the first two are given besides the job."""

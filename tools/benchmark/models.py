@@ -37,7 +37,7 @@ SD15 = {
     "scheduler": tiny.SCHEDULER | {"prediction_type": "epsilon"},
 }
 TINY = {
-    "text_encoder": tiny.text_config(2514),  # 2 x 256 bytes, 2,000 merges, start and end
+    "text_encoder": tiny.text_config(807),
     "unet": tiny.UNET,
     "vae": tiny.VAE,
     "scheduler": tiny.SCHEDULER,

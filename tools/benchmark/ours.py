@@ -29,8 +29,9 @@ def _load(job: Job) -> minti.StableDiffusion:
 class Training:
     """See `jobs.Training`. Which samples a step looks at follows from the seed, whatever it is given."""
 
-    def __init__(self, job: Job, compiled: bool = False) -> None:
+    def __init__(self, job: Job, compiled: bool = False, checkpointing: bool = False) -> None:
         sd = _load(job)
+        sd.unet.gradient_checkpointing = checkpointing
         latents = encode_views(sd, make_views(load_photos(job.photos), job.size, flip=True))
         sd.vae.to("cpu")
         rows = initial_rows(sd, "word", INIT_WORD, job.vectors)

@@ -21,7 +21,7 @@ from minti.pipeline import DTYPES
 from minti.tokenizer import PROMPT_LENGTH
 
 from .floor import needed, speed
-from .jobs import COMPILED, MINTI, PEER, Job, build, clock, in_child, sample, take_turns, train
+from .jobs import CHECKPOINTED, COMPILED, MINTI, PEER, Job, build, clock, in_child, sample, take_turns, train
 from .models import build as build_module
 from .models import native_size, write_checkpoint, write_photos
 from .table import Row, add_growth, rows
@@ -37,7 +37,7 @@ TOLERANCE = {
 COUNTS = ("batch_size", "concepts", "vectors")
 SHARES = {"size": (0.5, 1, 1.5), "steps": (0.5, 1, 2)}  # of what the other parts use
 AXES = {**dict.fromkeys(COUNTS, (1, 2, 4, 8, 16)), **SHARES}
-SMALL_AXES = {**dict.fromkeys(COUNTS, (1, 4, 16)), **SHARES}
+SMALL_AXES = {**dict.fromkeys(COUNTS, (1, 8)), **SHARES}
 
 
 def note(text: str) -> None:
@@ -173,7 +173,8 @@ def memory(bench: Bench) -> Iterator[list[Row]]:
             note(f"memory, {task.lower()}: {job.model}, {job.dtype}")
             # Two steps of sampling take as much memory as fifty.
             few = replace(job, steps=min(job.steps, 2))
-            runs = {name: partial(in_child, name, task, few) for name in bench.names}
+            names = [*bench.names, *([CHECKPOINTED] if task == "Training" else [])]
+            runs = {name: partial(in_child, name, task, few) for name in names}
             table += rows("memory", few, take_turns(runs, 1), unit="GiB")
         yield table
 
@@ -216,7 +217,7 @@ def attention(bench: Bench) -> Iterator[list[Row]]:
     if bench.args.device != "cuda" or importlib.util.find_spec("triton") is None:
         note("attention: left out, since the kernel needs a GPU and triton")
         return
-    from minti.kernels.operator import supports
+    from minti.kernels.launch import supports
 
     table = []
     for job in bench.jobs():

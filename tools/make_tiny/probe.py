@@ -25,7 +25,7 @@ from .draw import render
 from .training import Run, ema_of, train
 from .world import TOY_NAMES, Scene, scene
 
-ACCURACY = "accuracy.json"  # on fresh pictures of the world
+ACCURACY = "accuracy.json"  # on fresh pictures of the concepts
 PROBE_SEED = 2  # of the pictures it learns from: neither the training set's nor the held-out ones
 OBJECTS = tuple(c for c in held_out().values() if c.kind == "object")
 READS = FACTS | {
@@ -117,7 +117,7 @@ def stage(run: Run) -> None:
             test_pixels = to_pixels(np.stack([picture for picture, _ in test])).to(run.device)
             result = shares([facts for _, facts in test], ema["probe"].read(test_pixels))
             accuracy = {fact: round(share, 4) for fact, (share, _) in result.items()}
-            if name == "the world":
+            if name == "the concepts":  # which is what it is shipped for
                 write_atomically(run.folder / ACCURACY, json.dumps(accuracy).encode())
             print(f"probe step {step}, {name}: {accuracy}", flush=True)
 
