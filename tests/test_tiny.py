@@ -1,8 +1,11 @@
 """weights/tiny, the small Stable Diffusion that is shipped: that it works, and learns words."""
 
+import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,13 @@ from minti.draws import Settings, Word
 from minti.initial import initial_rows
 from minti.inversion import Inversion
 from minti.scoring import Scorer
+from minti.study.grid import read_targets
+from minti.study.probe import Judge
 from tools.make_tiny.concepts import held_out, pictures
 from tools.make_tiny.world import COLORS
 
-ROOT = Path(__file__).resolve().parents[1]
+from .processes import ENVIRONMENT, ROOT
+
 TINY = ROOT / "weights" / "tiny"
 
 
@@ -86,14 +92,100 @@ def test_a_word_is_learned(sd: minti.StableDiffusion) -> None:
     assert learned > init + 0.1
 
 
+def test_the_judge_reads_what_the_concepts_show() -> None:
+    """Shape, colours and pattern of their photos, nine times of ten; and knows all that is said of them."""
+    judge, right = Judge.load(TINY), []
+    for name, target in read_targets(str(TINY / "concepts" / "concepts.yaml")).items():
+        judge.check(target.facts, name)
+        for reading in judge.read([photo.image for photo in load_photos(target.images)]):
+            right += [reading[fact] == value for fact, value in target.facts.items()]
+    assert len(right) > 100 and np.mean(right) >= 0.9
+
+
+def command(name: str, out: Path, *more: str) -> list[str]:
+    """Learn one of the concepts under its own name."""
+    argv = ["--checkpoint", TINY, "--images", TINY / "concepts" / name, "--placeholder", f"<{name}>"]
+    argv += [
+        "--init-word",
+        held_out()[name].init,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--sample-every",
+        0,
+        *more,
+    ]
+    return [sys.executable, "-m", "minti.train", *map(str, argv)]
+
+
+def learn(name: str, out: Path, *more: str) -> minti.Concept:
+    subprocess.run(command(name, out, *more), env=ENVIRONMENT, check=True)
+    return minti.Concept.load(out / "learned_embeds.safetensors")
+
+
+@pytest.mark.slow
+def test_a_style_and_two_things_at_once(tmp_path: Path) -> None:
+    """The style word gives others its style; and two words in one prompt show the colours of both."""
+    sd = minti.load(TINY, device="cpu", dtype="float32")
+    steps = ("--steps", "500", "--lr", "2.5e-3")
+    sd.add_concept(learn("riso", tmp_path / "riso", "--config", "style", *steps))
+    options = {"steps": 25, "guidance_scale": 5.0, "num_images": 8, "batch_size": 8}
+    prompts = [f"a rendering of a {noun} in the style of <riso>" for noun in ("ball", "flower", "cup")]
+    styles = [reading["style"] for reading in Judge.load(TINY).read(sd.sample(prompts, **options))]
+    assert styles.count("riso") >= 0.8 * len(styles)
+
+    for name in ("mushroom", "teapot"):
+        sd.add_concept(learn(name, tmp_path / name, *steps))
+
+    def red_and_blue(subject: str) -> list[float]:
+        images = sd.sample(f"a photo of {subject} in the snow", **options)
+        red, green, blue = np.moveaxis(np.stack([np.asarray(image, float) for image in images]), -1, 0)
+        pairs = ((red, blue), (blue, red))
+        return [(p > 1.5 * np.maximum(green, other)).mean() for p, other in pairs]
+
+    mushroom, teapot = red_and_blue("a <mushroom>"), red_and_blue("a <teapot>")
+    both = red_and_blue("a <mushroom> and a <teapot>")
+    assert mushroom[0] > 2 * teapot[0] and teapot[1] > 2 * mushroom[1]
+    assert both[0] > 2 * teapot[0] and both[1] > 2 * mushroom[1]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    steps = ("--steps", "40", "--save-every", "5")
+    subprocess.run(command("imp", tmp_path / "whole", *steps), env=ENVIRONMENT, check=True)
+    process = subprocess.Popen(command("imp", tmp_path / "killed", *steps), env=ENVIRONMENT)
+    while not (tmp_path / "killed" / "state.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    resume = [sys.executable, "-m", "minti.train", "--resume", "--out", str(tmp_path / "killed")]
+    subprocess.run(resume, env=ENVIRONMENT, check=True)
+    files = [tmp_path / name / "learned_embeds.safetensors" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.slow
 def test_the_command_without_arguments(tmp_path: Path) -> None:
     """Everything a reader of the README does first, in a folder of its own."""
     shutil.copytree(TINY, tmp_path / "weights" / "tiny")
     train = [sys.executable, "-m", "minti.train"]
-    subprocess.run(train, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)
+    subprocess.run(train, cwd=tmp_path, env=ENVIRONMENT, check=True)
     run = tmp_path / "runs" / "mushroom"
     names = ("config.yaml", "inputs.png", "learned_embeds.safetensors", "log.csv", "report.html", "samples")
     assert all((run / name).exists() for name in names)
-    again = subprocess.run(train, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    again = subprocess.run(train, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert again.returncode == 2 and "exists already" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_shipped_study(tmp_path: Path) -> None:
+    """From the clone, as its recipe has it: the word looks more like the photos than the init word does."""
+    argv = [sys.executable, "-m", "minti.study", "table1", "--quick", "--out", str(tmp_path / "study")]
+    subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, check=True)
+    found = json.loads((tmp_path / "study" / "study.json").read_text())
+    verdicts = {claim["says"]: claim["verdict"] for claim in found["claims"]}
+    assert verdicts["A learned word raises reconstruction."] == "holds"
+    assert all(row["truth"]["kept"] is not None for row in found["outcomes"])
+    assert found["sets"] == {"rocket": "final"}
