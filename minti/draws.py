@@ -43,6 +43,11 @@ class Settings:
             raise InputError(f"lr_schedule {self.lr_schedule!r}: choose from constant, cosine")
         if sorted(set(self.progressive)) != list(self.progressive):
             raise InputError(f"progressive {self.progressive}: the steps should rise")
+        if self.progressive and self.progressive[-1] >= self.steps:
+            raise InputError(
+                f"progressive step {self.progressive[-1]}: a vector joins in after the last of {self.steps} "
+                "steps; give earlier ones, or more steps"
+            )
 
     def lr_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at a step, 0 to steps - 1."""
@@ -97,6 +102,12 @@ def generator(*key: object) -> torch.Generator:
 def photo_word(word: Word, photo: int) -> str:
     """The word that belongs to one photo only, "<toy>:0"."""
     return f"{word.placeholder}:{photo}"
+
+
+def longest_prompts(word: Word, settings: Settings) -> list[str]:
+    """Templates that take up as much room as any that `draw` may use."""
+    extra = f" with {photo_word(word, 0)}" if settings.per_image else ""
+    return [text + extra for text in (*word.templates, *filter(None, word.captions))]
 
 
 def draw(word: Word, settings: Settings, num_train_timesteps: int, count: int, *key: object) -> Samples:
