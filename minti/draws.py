@@ -43,11 +43,6 @@ class Settings:
             raise InputError(f"lr_schedule {self.lr_schedule!r}: choose from constant, cosine")
         if sorted(set(self.progressive)) != list(self.progressive):
             raise InputError(f"progressive {self.progressive}: the steps should rise")
-        if self.progressive and self.progressive[-1] >= self.steps:
-            raise InputError(
-                f"progressive step {self.progressive[-1]}: a vector joins in after the last of {self.steps} "
-                "steps; give earlier ones, or more steps"
-            )
 
     def lr_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at a step, 0 to steps - 1."""

@@ -104,14 +104,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     going_on = rank == 0 and check_out(out, args, specs)
     if world > 1:
         dist.init_process_group()
-    device = local_device(args.device, world)
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
 
     state = read_state(out / "state.safetensors") if args.resume else {}
-    sd = cli.load_model(argparse.Namespace(**vars(args) | {"device": device}))
+    sd = cli.load_model(argparse.Namespace(**vars(args) | {"device": local_device(args.device, world)}))
+    if sd.device.type == "cuda":
+        torch.cuda.set_device(sd.device)
     sd.check_weights()
     sd.unet.gradient_checkpointing = args.gradient_checkpointing
     lr_scale = args.batch_size * args.accumulate * world if args.scale_lr else 1

@@ -102,6 +102,8 @@ class Trainer:
             self.sd.schedule.timesteps(args.sample_steps)
         except InputError as error:
             raise InputError(f"--sample-steps: {error}") from None
+        if (last := max(args.progressive, default=0)) >= args.steps:
+            raise InputError(f"--progressive {last}: should be less than --steps, {args.steps}")
         if not args.eval_every and (args.early_stop is not None or args.keep == "best"):
             raise InputError("--early-stop and --keep best go by evaluations: give --eval-every a number")
         for run in self.runs:

@@ -220,7 +220,7 @@ def test_one_of_two_processes_is_interrupted(base: Path, server: Server, tmp_pat
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        argv = arguments(base, out, "--accumulate", "2", "--resume")
+        argv = arguments(base, out, "--accumulate", "2", "--sample-every", "0", "--resume")
         for rank, process in enumerate((server, other)):
             environment = address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             pid = process.start(argv, tmp_path / f"stderr-{rank}", environment=environment)
@@ -481,11 +481,12 @@ def test_killed_while_overwriting(
     assert_same_results(done, run_to("--lr", "0.01", out=tmp_path / "fresh"))
 
 
-def test_what_was_being_written_is_cleared_away(run_to: Callable, done: Path) -> None:
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_what_was_being_written_is_cleared_away(flag: str, run_to: Callable, done: Path) -> None:
     names = [".log.csv.a1b2c3d4", "embeds/.step-000004.safetensors.a1b2c3d4", ".config.yaml.a1b2c3d4"]
     for name in (*names, ".mine"):
         (done / name).write_text("half")
-    run_to("--resume")
+    run_to(flag)
     assert not any((done / name).exists() for name in names)
     assert (done / ".mine").exists()
 
