@@ -165,8 +165,9 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
 
 
 def to_yaml(args: argparse.Namespace) -> bytes:
-    """Options as a config file that gives them again."""
-    values = {key: value for key, value in vars(args).items() if value is not None}
+    """Options as a config file that gives them again, but never replaces anything."""
+    once = ("resume", "overwrite")
+    values = {key: value for key, value in vars(args).items() if value is not None and key not in once}
     values |= {key: "x".join(map(str, value)) for key, value in values.items() if isinstance(value, tuple)}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
 
@@ -242,13 +243,16 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in tables} | entries
 
 
-def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """A type of option: an int or float between bounds, bounds included."""
+def number(
+    kind: type, low: float, high: float = float("inf"), *, below: float = float("inf")
+) -> Callable[[str], Any]:
+    """A type of option: a finite int or float from `low` to `high`, and below `below`."""
 
     def convert(text: str) -> Any:
         value = kind(text)
-        if not low <= value <= high:
+        if not (low <= value <= high and value < below):
             upper = f" and at most {high}" if high != float("inf") else ""
+            upper = f" and below {below}" if value >= below else upper
             raise argparse.ArgumentTypeError(f"{text} should be at least {low}{upper}")
         return value
 

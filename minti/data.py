@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 CROPS = ("center", "random", "none", "squash")
 RANDOM_CROPS = 8  # of each photo
+# What Pillow raises for damaged pictures, depending on their format.
+DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ class Photo:
     caption: str | None = None
 
 
-def open_image(path: Path) -> Image.Image:
-    """Any picture Pillow can read, as RGB: turned upright by its EXIF tag, transparency on white, 16 bit to
-    8.
+def open_image(path: Path, background: str = "white") -> Image.Image:
+    """Any picture Pillow can read, as RGB: turned upright by its EXIF tag, 16 bit to 8.
+
+    Args:
+        background: colour that shows where it is transparent.
 
     Raises:
         InputError: it is not a picture, or is truncated.
@@ -47,22 +51,22 @@ def open_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        image = ImageOps.exif_transpose(image)
+    except DAMAGED as error:
         raise InputError(f"{path}: cannot be read as a picture ({error}); remove or repair it") from None
-    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greyscale; Pillow's own conversion would clip it
         image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
 def load_photos(folder: str | Path) -> list[Photo]:
     """All pictures of a folder, by name, with what lies beside them: `a.jpg`, `a.mask.png`, `a.txt`.
 
-    A caption in `a.txt` is a prompt with {} in the place of the word. Other files are passed over with a
-    notice.
+    A caption in `a.txt` is a prompt with {} in the place of the word. What is white in a mask counts, what is
+    black or transparent does not. Other files are passed over with a notice.
 
     Raises:
         InputError: no such folder, no pictures in it, a mask of another size, a caption without {}.
@@ -70,31 +74,43 @@ def load_photos(folder: str | Path) -> list[Photo]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder; put the photos of one concept into a folder")
-    photos = []
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        if path.suffix == ".txt" or path.name.endswith(".mask.png"):
+    photos, beside = [], []
+    paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    for path in paths:
+        if _lies_beside(path):
             continue
         try:
             Image.open(path).close()
         except UnidentifiedImageError:
             log.info("%s: not a picture, skipped", path)
             continue
-        except (OSError, Image.DecompressionBombError):
-            pass  # a picture, but a bad one: open_image says what is wrong
+        except DAMAGED:
+            # A picture, but a bad one: open_image says what is wrong. Or a text that begins like a picture.
+            if path.suffix.lower() not in Image.registered_extensions():
+                log.info("%s: not a picture, skipped", path)
+                continue
         image = open_image(path)
         mask_path, caption_path = path.with_name(f"{path.stem}.mask.png"), path.with_suffix(".txt")
-        mask = open_image(mask_path).convert("L") if mask_path.exists() else None
+        beside += [mask_path, caption_path]
+        mask = open_image(mask_path, "black").convert("L") if mask_path.exists() else None
         if mask and mask.size != image.size:
             raise InputError(f"{mask_path}: has size {mask.size}, the photo {image.size}; make them equal")
         caption = None
         if caption_path.exists():
-            caption = caption_path.read_text(encoding="utf-8", errors="replace").strip()
+            caption = caption_path.read_text(encoding="utf-8-sig", errors="replace").strip()
             if caption.count("{}") != 1 or "\N{REPLACEMENT CHARACTER}" in caption:
                 raise InputError(f"{caption_path}: should be text with exactly one {{}} where the word goes")
         photos.append(Photo(path, image, mask, caption))
     if not photos:
         raise InputError(f"{folder}: no pictures in it; three to five photos of one concept are best")
+    for path in paths:
+        if _lies_beside(path) and path not in beside:
+            log.info("%s: no photo has this name, skipped; for a.jpg it would be a.txt, a.mask.png", path)
     return photos
+
+
+def _lies_beside(path: Path) -> bool:
+    return path.suffix == ".txt" or path.name.endswith(".mask.png")
 
 
 @dataclass(frozen=True)
@@ -121,22 +137,30 @@ def make_views(
         crop: "center"; "random": eight squares, each 0.7 to 1 of the shorter side wide; "none": the whole
             photo, with empty margins that do not count; "squash": the whole photo, distorted.
         flip: add the mirror images; not for text or faces.
-        seed: where the random squares lie.
+        seed: where the random squares lie. Those in which nothing counts are left out.
+
+    Raises:
+        InputError: nothing of a photo counts, because of its mask.
     """
     if crop not in CROPS:
         raise InputError(f"crop {crop!r}: choose from {', '.join(CROPS)}")
     rng = np.random.default_rng(seed)
     views = []
     for index, photo in enumerate(photos):
-        mask = photo.mask or Image.new("L", photo.image.size, 255)
+        before, mask = len(views), photo.mask or Image.new("L", photo.image.size, 255)
         for _ in range(RANDOM_CROPS if crop == "random" else 1):
             draws = tuple(rng.random(3)) if crop == "random" else (0.5, 0.5, 1.0)
             pixels = torch.from_numpy(_square(photo.image, size, crop, draws)) / 127.5 - 1
             weight = torch.from_numpy(_square(mask, size, crop, draws)) / 255
             pixels, weight = pixels.permute(2, 0, 1), weight.permute(2, 0, 1)  # (S, S, C) -> (C, S, S)
+            if not weight.any():
+                continue
             views.append(View(pixels, weight, index))
             if flip:
                 views.append(View(pixels.flip(2), weight.flip(2), index))
+        if len(views) == before:
+            remedy = "paint white what is to be learned, or take another --crop"
+            raise InputError(f"{photo.path}: its mask is black in all that is cut out of it; {remedy}")
     return views
 
 

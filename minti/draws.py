@@ -99,6 +99,12 @@ def photo_word(word: Word, photo: int) -> str:
     return f"{word.placeholder}:{photo}"
 
 
+def longest_prompts(word: Word, settings: Settings) -> list[str]:
+    """Templates that take up as much room as any that `draw` may use."""
+    extra = f" with {photo_word(word, 0)}" if settings.per_image else ""
+    return [text + extra for text in (*word.templates, *filter(None, word.captions))]
+
+
 def draw(word: Word, settings: Settings, num_train_timesteps: int, count: int, *key: object) -> Samples:
     """`count` samples of a word: pictures, prompts, time steps and noise, all determined by the key."""
     g, latents = generator(word.seed, *key), word.latents

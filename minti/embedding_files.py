@@ -37,6 +37,7 @@ from .weightfile import read_metadata, read_nested
 log = logging.getLogger(__name__)
 
 MAX_VECTORS = 75  # what a prompt can hold
+WEIGHTS = (".weight", ".bias")  # how the names of a whole model's tensors end
 SUFFIXES = {"diffusers": (".safetensors", ".bin"), "a1111": (".pt", ".safetensors")}
 
 
@@ -120,7 +121,7 @@ def _check(path: Path, named: Sequence[tuple[Any, Any]], *, one_width: bool) -> 
         shape = tuple(rows.shape)
         fits = rows.ndim in (1, 2) and 0 < shape[-1] <= 2**16 and 0 < (1, *shape)[-2] <= MAX_VECTORS
         plain = rows.is_floating_point() and rows.layout == torch.strided and rows.device.type == "cpu"
-        if not fits or not plain or key.endswith((".weight", ".bias")):
+        if not fits or not plain or key.endswith(WEIGHTS):
             beside = f", beside {len(named) - 1} others" if len(named) > 1 else ""
             raise _refusal(path, f"{key!r} is {shape} {str(rows.dtype).removeprefix('torch.')}{beside}")
     widths = sorted({rows.shape[-1] for _, rows in named})
@@ -195,7 +196,8 @@ def encode(path: Path, entries: Sequence[Entry], format: str | None = None) -> b
                 f"{path}: {gone[0]!r} would be read as a vector of {gone[0].rpartition('_')[0]!r}; rename it"
             )
         # To be told from the names that other formats reserve.
-        if reserved := {"__metadata__", "clip_l", "clip_g", "emb_params", "emp_params"} & words.keys():
+        names = {"__metadata__", "clip_l", "clip_g", "emb_params", "emp_params"}
+        if reserved := {word for word in words if word in names or word.endswith(WEIGHTS)}:
             raise InputError(f"{path}: {min(reserved)!r} cannot be a word in this file; rename it")
         return save(words, _notes(entries) or None) if suffix == ".safetensors" else _torch_bytes(words)
 

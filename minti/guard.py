@@ -16,7 +16,7 @@ class Guard:
 
     Attributes:
         good_steps: how many steps have been finished in good health.
-        longest: length of the longest row at the last step, or at the one that went wrong.
+        longest: (words,) the longest row of each word at the last step, or at the one that went wrong.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], rows: Sequence[nn.Parameter]) -> None:
@@ -25,12 +25,12 @@ class Guard:
         self._good = [p.detach().clone() for p in parameters]
         self._healthy = torch.ones((), dtype=torch.bool, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.longest = torch.zeros((), device=device)
+        self.longest = torch.zeros(len(rows), device=device)
 
     @torch.no_grad()
     def look(self, tensors: Sequence[Tensor]) -> None:
         """Go back to what was last kept if one of these is not finite, now or ever before."""
-        longest = torch.stack([rows.norm(dim=1).max() for rows in self._rows]).max()
+        longest = torch.stack([rows.norm(dim=1).max() for rows in self._rows])
         self.longest = torch.where(self._healthy, longest, self.longest)
         self._healthy = torch.stack([self._healthy, *(t.isfinite().all() for t in tensors)]).all()
         for p, good in zip(self._parameters, self._good, strict=True):

@@ -19,14 +19,18 @@ def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1
             of a phrase are spread over the vectors: repeated if too few, averaged if too many.
             "output": the same of the text encoder's output for it (Cross Initialization, arXiv 2312.15905).
             "random": drawn from the normal distribution of the vocabulary.
-            "file": the vectors of a concept file at the path `word`.
+            "file": the vectors of a concept file at the path `word`, however many there are.
 
     Raises:
-        InputError: `word` is empty or of no use for that kind.
+        InputError: `word` is empty or of no use for that kind; a file has another number of vectors than the
+            one, more than 1, that was asked for.
     """
     table = sd.vocabulary
     if kind == "file":
-        return Concept.load(word).vectors
+        rows = Concept.load(word, width=table.shape[1]).vectors
+        if num_vectors not in (1, len(rows)):
+            raise InputError(f"{word}: has {len(rows)} vectors, num_vectors is {num_vectors}; leave it out")
+        return rows
     if kind == "random":
         mean, std = table.float().mean(0).cpu(), table.float().std(0).cpu()
         return mean + std * torch.randn(num_vectors, len(mean), generator=generator(seed, "init"))

@@ -20,7 +20,7 @@ from torch import Tensor
 from .concept import Concept
 from .config import InputError
 from .data import encode_views, load_photos, make_views
-from .draws import Samples, Settings, Word, draw, photo_word
+from .draws import Samples, Settings, Word, draw, longest_prompts, photo_word
 from .guard import Guard
 from .initial import initial_rows
 from .pipeline import StableDiffusion, compile_for
@@ -42,6 +42,11 @@ class Inversion:
         replace: allow placeholders that mean something already.
         rank, world: which of how many processes this is; each handles its share of every batch.
         compiled: turn the loss into one compiled graph at the first step, which takes a while.
+        templates: of prompts that the words will also be used in, beside those they are learned in.
+
+    Raises:
+        InputError: settings and words do not fit together, or a word does not fit into a prompt; the model
+            knows none of them then.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Inversion:
         rank: int = 0,
         world: int = 1,
         compiled: bool = False,
+        templates: Sequence[str] = (),
     ) -> None:
         for word in words:
             if settings.progressive and len(word.init) != 1 + len(settings.progressive):
@@ -65,8 +71,19 @@ class Inversion:
         self.rank, self.world = rank, world
         self.step_count = 0
         self.vocabulary_norm = sd.vocabulary.float().norm(dim=1).mean().item()
-        self.rows = [sd.add_concept(Concept(w.placeholder, w.init), replace=replace) for w in self.words]
-        self.photo_rows = [self._add_photo_words(word) for word in self.words]
+        self._ids_of: dict[str, Tensor] = {}
+        known = dict(sd.tokenizer.placeholders)
+        try:
+            self.rows = [sd.add_concept(Concept(w.placeholder, w.init), replace=replace) for w in self.words]
+            self.photo_rows = [self._add_photo_words(word) for word in self.words]
+            for word in self.words:
+                for template in (*longest_prompts(word, settings), *templates):
+                    self._encode(template.replace("{}", word.placeholder))  # complains now rather than later
+        except InputError:
+            for name in sd.tokenizer.placeholders.keys() - known.keys():
+                sd.tokenizer.remove_placeholder(name)
+            sd.tokenizer.placeholders.update(known)  # where one was replaced
+            raise
         groups = []
         for word, rows, photo_rows in zip(self.words, self.rows, self.photo_rows, strict=True):
             parameters = [p.requires_grad_(True) for p in (rows, *photo_rows)]
@@ -78,12 +95,8 @@ class Inversion:
         # float16 has so small a range that gradients vanish unless the loss is scaled up.
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
         self._all_ids = [sd.tokenizer.placeholders[clean(word.placeholder)] for word in self.words]
-        self._ids_of: dict[str, Tensor] = {}
         self._loss = compile_for(sd.device, self._sample_loss) if compiled else self._sample_loss
         self._extra = sd.inpainting_channels(self.words[0].latents.mean[:1])
-        for word in self.words:
-            for template in (*word.templates, *filter(None, word.captions)):
-                self._encode(template.replace("{}", word.placeholder))  # complains now rather than later
         self._use_vectors()
 
     def _add_photo_words(self, word: Word) -> list[torch.nn.Parameter]:
@@ -138,13 +151,17 @@ class Inversion:
         if not self.settings.progressive:
             return
         for word, ids in zip(self.words, self._all_ids, strict=True):
-            in_play, placeholders = ids[: self._in_play()], self.sd.tokenizer.placeholders
-            if placeholders[clean(word.placeholder)] != in_play:
-                placeholders[clean(word.placeholder)] = in_play
+            used, placeholders = ids[: self._joined()], self.sd.tokenizer.placeholders
+            if placeholders[clean(word.placeholder)] != used:
+                placeholders[clean(word.placeholder)] = used
                 self._ids_of.clear()
 
-    def _in_play(self) -> int:
+    def _joined(self) -> int:
         return 1 + sum(self.step_count >= step for step in self.settings.progressive)
+
+    def in_play(self, index: int) -> Tensor:
+        """The vectors of a word that prompts use at this step, (n, D) float32."""
+        return self.rows[index][: self._joined()] if self.settings.progressive else self.rows[index]
 
     def step(self, *, check: bool = True) -> Tensor:
         """One update. Returns the loss of each word, (words,) float32.
@@ -186,7 +203,7 @@ class Inversion:
         self._guard.look(self._parameters)
         if settings.progressive:
             for start, rows in zip(self._starts, self.rows, strict=True):
-                waiting = slice(self._in_play(), None)
+                waiting = slice(self._joined(), None)
                 rows.data[waiting] = start[waiting]  # weight decay has been at them
         self._guard.count_step()
         self.step_count += 1
@@ -204,13 +221,14 @@ class Inversion:
         if self._guard.healthy():
             return
         self.step_count = int(self._guard.good_steps)
-        longest = self._guard.longest.item() / self.vocabulary_norm
+        longest, index = self._guard.longest.max(0)
+        longest = longest.item() / self.vocabulary_norm
         if self.step_count == 0:
             cause = "weights of the checkpoint or pictures hold no finite numbers"
         elif not longest < 20:
-            cause = (
-                f"a vector has become {longest:.0f} times too long: lower the learning rate, or set max_norm"
-            )
+            word = self.words[index].placeholder
+            cause = f"a vector of {word!r} has become {longest:.0f} times too long: "
+            cause += "lower the learning rate, or set max_norm"
         elif self.sd.dtype == torch.float16:
             cause = "the model overflows in float16: use bfloat16 or float32"
         else:
@@ -234,8 +252,8 @@ class Inversion:
         return sums / size
 
     def concept(self, index: int, metadata: dict[str, str] | None = None) -> Concept:
-        """A word as it is now."""
-        rows = self.rows[index].detach().cpu().clone()
+        """A word as it is now, with the vectors that are in play."""
+        rows = self.in_play(index).detach().cpu().clone()
         return Concept(self.words[index].placeholder, rows, metadata or {})
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -46,3 +48,15 @@ def training_memory(sd: StableDiffusion, batch: int, size: tuple[int, int]) -> t
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             unet(x, torch.zeros(batch), context)
     return weights, sum(saved.values())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes held at most so far: on an NVIDIA GPU by tensors, elsewhere by the process; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -203,7 +203,8 @@ def write_report(folder: Path, nearest: Sequence[Sequence[tuple[str, float]]]) -
     run = Run(Path(folder))
     word = escape(run.word)
     count = {None: "A learned word", 1: "1 vector"}.get(run.num_vectors, f"{run.num_vectors} vectors")
-    start = f", started from “{escape(str(run.config['init_word']))}”" if run.config.get("init_word") else ""
+    source = run.config.get("init_word") if run.config.get("init") != "random" else "random numbers"
+    start = f", started from “{escape(str(source))}”" if source else ""
     previews, about = _previews(run)
     inputs = picture(run.folder / "inputs.png", "The training photos as the model saw them")
     same = "Words of the vocabulary that point the same way, with the cosine: 1 is the same direction."

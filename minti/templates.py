@@ -76,11 +76,12 @@ def load_templates(name: str) -> tuple[str, ...]:
     if name in TEMPLATES:
         return TEMPLATES[name]
     try:
-        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise InputError(
             f"templates {name!r}: neither {' nor '.join(TEMPLATES)}, nor a text file with one a line"
         ) from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in lines:
         if line.count("{}") != 1:
             raise InputError(f"{name}: {line!r} needs exactly one {{}} where the word goes")
@@ -143,7 +144,7 @@ def load_prompts(name: str) -> PromptList:
     shipped = PROMPTS / f"{name}.txt"
     path = shipped if shipped.is_file() and not Path(name).is_file() else Path(name)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
         known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
         raise InputError(f"prompts {name!r}: neither one of {known}, nor a text file, one a line") from None

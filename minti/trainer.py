@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import logging
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 
@@ -18,40 +16,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from . import __version__, cli
+from . import __version__, cli, embedding_files
 from .concept import Concept
 from .config import InputError
-from .draws import Settings, Word
+from .draws import Settings
 from .files import write_atomically
 from .inversion import Diverged, Inversion
+from .memory import peak_memory
 from .pipeline import StableDiffusion, image_grid
+from .run_folder import COLUMNS, Run, log_csv, read_log
 from .sample import encode_png
+from .scoring import fingerprint
 
 log = logging.getLogger(__name__)
-
-COLUMNS = ("step", "loss", "eval_loss", "lr", "norm", "cosine", "seconds")
-
-
-@dataclass
-class Run:
-    """One word of a run: where it is kept, and how it has done so far."""
-
-    word: Word
-    folder: Path
-    init_word: str
-    fingerprint: Tensor  # of the photos as trained
-    rows: list[dict[str, float | None]] = field(default_factory=list)  # log.csv
-    best: Tensor | None = None  # the vectors at the lowest eval loss
-    best_loss: float = float("inf")
-    best_step: int = 0
-
-    @property
-    def evaluations(self) -> list[float]:
-        return [row["eval_loss"] for row in self.rows if row["eval_loss"] is not None]
 
 
 class Stop:
@@ -83,6 +63,7 @@ class Trainer:
         self, args: argparse.Namespace, sd: StableDiffusion, runs: Sequence[Run], rank: int, world: int
     ) -> None:
         self.args, self.sd, self.runs, self.rank, self.world = args, sd, runs, rank, world
+        self._check(args)
         names = {f.name for f in fields(Settings)}
         values = {key: value for key, value in vars(args).items() if key in names}
         values |= {"betas": (args.beta1, args.beta2), "progressive": tuple(args.progressive)}
@@ -94,43 +75,72 @@ class Trainer:
             rank=rank,
             world=world,
             compiled=args.compile,
+            templates=self._sample_templates,
         )
         self._inits = [run.word.init.to(sd.device) for run in runs]
         self._unread: list[tuple[list[float], Tensor]] = []  # of the steps not yet logged; see `_measure`
         self.state_path = Path(args.out) / "state.safetensors"
+        self._model = fingerprint(sd.text_encoder.text_model.encoder, sd.unet, sd.vae)
+        self._dtype = str(sd.dtype).removeprefix("torch.")
+        model = torch.tensor(list(self._model.encode()), dtype=torch.uint8)
+        # What a run depends on beside its settings. Weights are not the same numbers in another dtype.
+        self._given = {
+            "world": (torch.tensor(world), ""),
+            f"model.{self._dtype}": (model, f"another checkpoint in {args.checkpoint}"),
+        }
+        for i, run in enumerate(runs):
+            what = f"other photos, captions or templates of {run.placeholder!r}"
+            self._given[f"photos.{i}"] = run.fingerprint, what
+        sd.vae.to("cpu")  # the photos are encoded; only previews need it again
+
+    def _check(self, args: argparse.Namespace) -> None:
+        """Complain about what would otherwise come to light hours later. Raises InputError."""
         for template in args.sample_prompt:
             if "{}" not in template:
                 raise InputError(f"--sample-prompt {template!r}: needs {{}} where the word goes")
-        sd.vae.to("cpu")  # the photos are encoded; only previews need it again
-        for run in runs:
-            sd.tokenizer(self._sample_prompts(run.word))  # complains now rather than later
-
-    def resume(self) -> None:
-        """Go on from `state.safetensors`, if it is there."""
-        if not self.state_path.exists():
-            return
         try:
-            state = load_file(self.state_path)
-        except SafetensorError as error:
-            raise InputError(f"{self.state_path}: is damaged ({error}); remove it to start again") from None
-        for i, run in enumerate(self.runs):
-            if not torch.equal(state.get(f"photos.{i}", run.fingerprint), run.fingerprint):
-                raise InputError(
-                    f"{run.folder}: the photos or captions of {run.word.placeholder!r} are not those the run "
-                    "began with; put them back, or start again with --overwrite"
-                )
+            self.sd.schedule.timesteps(args.sample_steps)
+        except InputError as error:
+            raise InputError(f"--sample-steps: {error}") from None
+        if (last := max(args.progressive, default=0)) >= args.steps:
+            raise InputError(f"--progressive {last}: should be less than --steps, {args.steps}")
+        if not args.eval_every and (args.early_stop is not None or args.keep == "best"):
+            raise InputError("--early-stop and --keep best go by evaluations: give --eval-every a number")
+        for run in self.runs:
+            entry = embedding_files.Entry(run.placeholder, run.word.init)
+            embedding_files.encode(run.folder / "learned_embeds.safetensors", [entry])
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            InputError: not all that the run began with is as it was; or its log is damaged.
+        """
+        for key, (now, what) in self._given.items():
+            if not torch.equal(was := state.get(key, now), now):
+                what = what or f"{was} processes, not {now}"
+                remedy = "go on as it began, or start again with --overwrite"
+                raise InputError(f"{self.state_path}: the run began with {what}; {remedy}")
         self.inversion.load_state_dict(state)
         for i, run in enumerate(self.runs):
-            run.rows = read_log(run.folder / "log.csv", self.inversion.step_count)
+            run.final = state.get(f"final.{i}")
+            steps = int(state[f"final_step.{i}"]) if run.final is not None else self.inversion.step_count
+            run.rows = read_log(run.folder / "log.csv", steps)
             if f"best.{i}" in state:
                 run.best, run.best_loss = state[f"best.{i}"], state[f"best_loss.{i}"].item()
                 run.best_step = int(state[f"best_step.{i}"])
         log.info("resumed after step %d", self.inversion.step_count)
 
     def train(self, stop: Stop) -> bool:
-        """Take all steps that are left. False if it was asked to stop before."""
+        """Take all steps that are left. False if it was asked to stop before.
+
+        A word that has converged stays as it is, as if it had been learned alone, until all have.
+
+        Raises:
+            Diverged: the loss is not finite; the vectors of the last good step are saved.
+        """
         args, steps = self.args, self.args.steps
-        progress = cli.Progress(steps, "step", self.inversion.step_count)
+        progress = cli.Progress(steps, "step", self.inversion.step_count) if self.rank == 0 else None
         # A GPU is not kept waiting for its own results: they are read some steps later, together.
         patience = 1 if self.sd.device.type == "cpu" else 20
 
@@ -138,8 +148,9 @@ class Trainer:
             done = self.inversion.step_count
             return bool(every) and (done % every == 0 or done == steps)
 
+        learning = [run for run in self.runs if run.final is None]
         try:
-            while self.inversion.step_count < steps and not self._converged():
+            while learning and self.inversion.step_count < steps:
                 if not self._unread:
                     self._since = time.monotonic()
                 self._unread.append(self._measure(self.inversion.step(check=False)))
@@ -149,18 +160,22 @@ class Trainer:
                     self._read()
                 if evaluate:
                     self._evaluate()
-                progress.step(self._note())
-                if preview:
-                    self._preview()
+                if progress:
+                    progress.step(self._note())
+                converged = [run for run in learning if run.final is not None]
+                if preview or (converged and args.sample_every):
+                    self._preview(learning if preview else converged)
                 if save or asked:
                     self.save()
                 if asked:
                     return False
-        except Diverged as error:
+                learning = [run for run in learning if run.final is None]
+        except Diverged:
             self.save(resumable=False)
-            raise InputError(f"{error}; the vectors of the last good step are in {args.out}") from None
+            raise
         finally:
-            progress.close()
+            if progress:
+                progress.close()
         self.save()
         return True
 
@@ -168,35 +183,36 @@ class Trainer:
         rows = [run.rows[-1] for run in self.runs if run.rows]
         latest = [run.evaluations[-1] for run in self.runs if run.evaluations]
         loss = f"loss {np.mean([row['loss'] for row in rows]):.4f}" if rows else ""
-        return loss + (f", eval loss {np.mean(latest):.4f}" if latest else "")
+        loss += f", eval loss {np.mean(latest):.4f}" if latest else ""
+        return f"{loss}, {peak_memory(self.sd.device) / 1e6:.0f} MB"
 
     def _evaluate(self) -> None:
         values = self.inversion.evaluate().cpu()
         if self.world > 1:
             dist.broadcast(values, 0)
         for i, (run, value) in enumerate(zip(self.runs, values.tolist(), strict=True)):
+            if run.final is not None:
+                continue
             run.rows[-1]["eval_loss"] = value
             if value < run.best_loss:
-                run.best, run.best_loss = self.inversion.concept(i).vectors, value
+                run.best, run.best_loss = self._vectors(i), value
                 run.best_step = self.inversion.step_count
+            if run.has_converged(self.args):
+                run.final = self._vectors(i)
 
-    def _converged(self) -> bool:
-        """DVAR's rule (arXiv 2302.04841): the eval losses of every word vary much less than at first."""
-        window = self.args.early_stop_window
-        if self.args.early_stop is None or any(len(run.evaluations) < 2 * window for run in self.runs):
-            return False
-        return all(
-            np.var(run.evaluations[-window:]) < self.args.early_stop * np.var(run.evaluations[:window])
-            for run in self.runs
-        )
+    def _vectors(self, index: int) -> Tensor:
+        """A word as it is, or as it was when it converged, (n, D) float32 on the CPU."""
+        final = self.runs[index].final
+        return self.inversion.concept(index).vectors if final is None else final
 
     @torch.no_grad()
     def _measure(self, losses: Tensor) -> tuple[list[float], Tensor]:
         """Of each word after a step: the learning rate; and, still on the device, loss, norm and cosine."""
-        norms = [rows.norm(dim=1).mean() / self.inversion.vocabulary_norm for rows in self.inversion.rows]
+        words = [self.inversion.in_play(i) for i in range(len(self.runs))]
+        norms = [rows.norm(dim=1).mean() / self.inversion.vocabulary_norm for rows in words]
         cosines = [
-            F.cosine_similarity(rows, init).mean()
-            for rows, init in zip(self.inversion.rows, self._inits, strict=True)
+            F.cosine_similarity(rows, init[: len(rows)]).mean()
+            for rows, init in zip(words, self._inits, strict=True)
         ]
         rates = [group["lr"] for group in self.inversion.optimizer.param_groups]
         return rates, torch.stack([losses, torch.stack(norms), torch.stack(cosines)], dim=1)  # (words, 3)
@@ -209,43 +225,51 @@ class Trainer:
         seconds = (time.monotonic() - self._since) / len(values)
         first = self.inversion.step_count - len(values) + 1
         for i, run in enumerate(self.runs):
+            if run.final is not None:
+                continue
             for step, (lr, row) in enumerate(zip(rates, values, strict=True), first):
                 numbers = (step, row[i][0], None, lr[i], row[i][1], row[i][2], seconds)
                 run.rows.append(dict(zip(COLUMNS, numbers, strict=True)))
         self._unread.clear()
 
-    def _preview(self) -> None:
-        """What the words look like now, each in its prompts, always with the same seeds."""
+    def _preview(self, runs: Sequence[Run]) -> None:
+        """What words look like now, each in its prompts, always with the same seeds."""
         if self.rank:
             return
         self.sd.vae.to(self.sd.device)
-        for run in self.runs:
-            prompts = self._sample_prompts(run.word)
+        for run in runs:
+            prompts = [template.replace("{}", run.word.placeholder) for template in self._sample_templates]
             images = self.sd.sample(prompts, steps=self.args.sample_steps, num_images=4, size=self.args.size)
             path = run.folder / "samples" / f"step-{self.inversion.step_count:06d}.png"
+            prompts = [template.replace("{}", run.placeholder) for template in self._sample_templates]
             write_atomically(path, encode_png(image_grid(images, 4), {"prompts": json.dumps(prompts)}))
         self.sd.vae.to("cpu")
 
-    def _sample_prompts(self, word: Word) -> list[str]:
-        templates = self.args.sample_prompt or ["a photo of {}"]
-        return [template.replace("{}", word.placeholder) for template in templates]
+    @property
+    def _sample_templates(self) -> list[str]:
+        return self.args.sample_prompt or ["a photo of {}"]
 
     def save(self, *, resumable: bool = True) -> None:
         """Write words, logs and, last, the state from which `resume` continues."""
         if self.rank:
             return
-        state = self.inversion.state_dict()
+        state = self.inversion.state_dict() | {key: value for key, (value, _) in self._given.items()}
         for i, run in enumerate(self.runs):
+            step = self.inversion.step_count if run.final is None else len(run.rows)
             metadata = {
                 "base_model": str(self.args.checkpoint),
+                "base_model_hash": self._model,  # of the weights as they were loaded, hence the dtype
+                "dtype": self._dtype,
                 "init_word": run.init_word,
-                "step": str(self.inversion.step_count),
+                "step": str(step),
                 "seed": str(run.word.seed),
                 "minti": __version__,
             }
-            state[f"photos.{i}"] = run.fingerprint
-            concept = self.inversion.concept(i, metadata)
-            concept.save(run.folder / "embeds" / f"step-{self.inversion.step_count:06d}.safetensors")
+            state[f"init.{i}"] = run.word.init
+            if run.final is not None:
+                state |= {f"final.{i}": run.final, f"final_step.{i}": torch.tensor(step)}
+            concept = Concept(run.placeholder, self._vectors(i), metadata)
+            concept.save(run.folder / "embeds" / f"step-{step:06d}.safetensors")
             if run.best is not None:
                 state[f"best.{i}"] = run.best
                 state[f"best_loss.{i}"] = torch.tensor(run.best_loss, dtype=torch.float64)
@@ -261,32 +285,10 @@ class Trainer:
         """For each vector of a word the words of the vocabulary that point the same way, with cosines."""
         table = self.sd.text_encoder.token_embedding.table.weight.float()
         names = {i: symbol for symbol, i in self.sd.tokenizer.vocab.items()}
-        rows = self.inversion.rows[index].detach()
+        rows = self._vectors(index).to(table.device)
         cosines = F.normalize(rows, dim=1) @ F.normalize(table, dim=1).T  # (num_vectors, vocab_size)
         best = cosines.topk(min(count, len(table)), dim=1)
         return [
             [(names.get(i, str(i)), c) for i, c in zip(ids, values, strict=True)]
             for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-
-
-def read_log(path: Path, steps: int) -> list[dict[str, float | None]]:
-    """The rows of the first `steps` steps in a log.csv. Raises InputError unless they are all there."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
-        rows = [row | {"step": int(row["step"])} for row in rows[:steps]]
-    except (ValueError, KeyError, TypeError, csv.Error):
-        rows = []
-    if [row["step"] for row in rows] != [*range(1, steps + 1)]:
-        raise InputError(f"{path}: is damaged; to learn the word again, --overwrite")
-    return rows
-
-
-def log_csv(rows: Sequence[dict[str, float | None]]) -> bytes:
-    """Rows as a log.csv."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue().encode()

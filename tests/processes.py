@@ -27,15 +27,18 @@ class Server:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
         )
 
-    def start(self, argv: list[str], stderr: Path, crash: int = 0) -> int:
+    def start(
+        self, argv: list[str], stderr: Path, crash: int = 0, environment: dict[str, str] | None = None
+    ) -> int:
         """Returns the id of the process.
 
         Args:
             stderr: the file that takes what it says.
             crash: if not 0, the process kills itself as soon as it has written so many files but before the
                 last of them has got its name; if negative, right after that.
+            environment: variables to set.
         """
-        self._process.stdin.write(json.dumps([argv, str(stderr), crash]) + "\n")
+        self._process.stdin.write(json.dumps([argv, str(stderr), crash, environment or {}]) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
@@ -63,9 +66,10 @@ def _serve() -> None:
     for module in ("minti.train", "torch._dynamo"):
         importlib.import_module(module)
     while line := sys.stdin.readline():
-        argv, stderr, crash = json.loads(line)
+        argv, stderr, crash, environment = json.loads(line)
         pid = os.fork()
         if pid == 0:
+            os.environ |= environment
             _run(argv, stderr, crash)
         print(pid, flush=True)
         sys.stdin.readline()

@@ -187,6 +187,26 @@ def test_truncated(suffix: str, tmp_path: Path) -> None:
         assert str(path) in str(error.value)
 
 
+def test_a_damaged_header(tmp_path: Path) -> None:
+    """Pillow raises a ValueError here. The same in a file that is no picture by its name: a stray one."""
+    path = tmp_path / "a.png"
+    picture().save(path)
+    header = b"IHDR" + struct.pack(">I", 24)  # instead of 13 bytes
+    chunk = struct.pack(">I", 4) + header + struct.pack(">I", zlib.crc32(header))
+    path.write_bytes(path.read_bytes()[:8] + chunk + path.read_bytes()[33:])
+    for read in (open_image, lambda path: load_photos(path.parent)):
+        with pytest.raises(InputError, match=r"a\.png: cannot be read as a picture .*; remove or repair it"):
+            read(path)
+
+
+def test_a_text_that_begins_like_a_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "notes.md").write_text("P1 first photo")
+    with caplog.at_level(logging.INFO):
+        assert len(load_photos(tmp_path)) == 1
+    assert [r.getMessage() for r in caplog.records] == [f"{tmp_path / 'notes.md'}: not a picture, skipped"]
+
+
 def test_a_picture_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture().save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
@@ -202,10 +222,12 @@ def test_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Photos by name; stray files are passed over, each with a notice; what belongs to photos, without."""
     for i, name in enumerate(("b.png", "a.PNG", "c d.é.webp")):
         picture(seed=i).save(tmp_path / name, lossless=True)
-    (tmp_path / "b.txt").write_text(" {} on a table\n")
+    (tmp_path / "b.txt").write_text(" {} on a table\n", encoding="utf-8-sig")  # as Windows' editor does
     Image.new("L", (24, 16), 200).save(tmp_path / "c d.é.mask.png")
     (tmp_path / "notes.md").write_text("bought in 1998")
     (tmp_path / "empty.jpg").touch()
+    (tmp_path / "b.png.txt").write_text("{} on a chair")
+    (tmp_path / "a.PNG.mask.png").write_bytes((tmp_path / "c d.é.mask.png").read_bytes())
     (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
     (tmp_path / "sub").mkdir()
     picture().save(tmp_path / "sub" / "z.png")
@@ -220,7 +242,10 @@ def test_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert photos[2].mask.size == (24, 16)
     assert photos[2].mask.getextrema() == (200, 200)
     notices = [record.getMessage() for record in caplog.records]
-    assert notices == [f"{tmp_path / name}: not a picture, skipped" for name in ("empty.jpg", "notes.md")]
+    skipped = [f"{tmp_path / name}: not a picture, skipped" for name in ("empty.jpg", "notes.md")]
+    assert notices[:2] == skipped
+    for notice, name in zip(notices[2:], ("a.PNG.mask.png", "b.png.txt"), strict=True):
+        assert notice.startswith(f"{tmp_path / name}: no photo has this name, skipped")
 
 
 @pytest.mark.parametrize("kind", ["empty", "stray", "missing", "file"])
@@ -373,6 +398,31 @@ def test_masks_are_cut_like_their_photos() -> None:
         for view in make_views([photo(grey.convert("RGB"), mask=grey)], 16, crop=crop, flip=True):
             expected = (view.pixels[:1] + 1) / 2  # 0 also in the margins
             torch.testing.assert_close(view.weight, expected, rtol=0, atol=1e-5)
+
+
+def test_what_is_erased_in_a_mask_does_not_count(tmp_path: Path) -> None:
+    image = picture()
+    image.save(tmp_path / "a.png")
+    alpha = np.zeros((16, 24), np.uint8)
+    alpha[4:8, 6:9] = 255
+    Image.merge("LA", (Image.new("L", (24, 16), 255), Image.fromarray(alpha))).save(tmp_path / "a.mask.png")
+    (found,) = load_photos(tmp_path)
+    assert np.array_equal(array(found.mask), alpha)
+
+
+def test_a_mask_that_leaves_nothing() -> None:
+    """Random squares in which nothing counts are left out; if none is left, it is a mistake."""
+    mask = Image.new("L", (64, 16))
+    message = r"a\.png: its mask is black in all that is cut out of it"
+    for crop in CROPS:
+        with pytest.raises(InputError, match=message):
+            make_views([photo(picture(64, 16), mask=mask)], 16, crop=crop, flip=True)
+    mask.paste(255, (0, 0, 8, 16))  # at the left edge, outside of the central square
+    with pytest.raises(InputError, match=message):
+        make_views([photo(picture(64, 16), mask=mask)], 16, flip=False)
+    views = make_views([photo(picture(64, 16), mask=mask)], 16, crop="random", flip=False)
+    assert 0 < len(views) < 8
+    assert all(view.weight.any() for view in views)
 
 
 def test_an_unknown_crop() -> None:

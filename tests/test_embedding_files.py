@@ -530,6 +530,8 @@ def test_several_words_keep_their_own_notes(tmp_path: Path) -> None:
         (["<a>", "<a>_1"], "a.bin", None, "'<a>_1' would be read as a vector of '<a>'"),
         (["__metadata__"], "a.safetensors", None, "cannot be a word"),
         (["clip_l"], "a.safetensors", None, "cannot be a word"),
+        (["<a>", "toy.bias"], "a.safetensors", None, "'toy.bias' cannot be a word"),
+        (["toy.weight"], "a.bin", None, "'toy.weight' cannot be a word"),
     ],
 )
 def test_words_that_cannot_be_written(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import minti
@@ -305,6 +306,11 @@ def test_rows_of_a_file(load: Callable, tmp_path: Path) -> None:
     vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     Concept("<old>", vectors).save(tmp_path / "old.safetensors")
     assert torch.equal(initial_rows(sd, "file", str(tmp_path / "old.safetensors")), vectors)
+    assert torch.equal(initial_rows(sd, "file", tmp_path / "old.safetensors", 3), vectors)
+    with pytest.raises(InputError, match=r"old\.safetensors: has 3 vectors, num_vectors is 2"):
+        initial_rows(sd, "file", tmp_path / "old.safetensors", 2)
+    save_file({"clip_l": vectors, "clip_g": torch.ones(3, 40)}, tmp_path / "xl.safetensors")
+    assert torch.equal(initial_rows(sd, "file", tmp_path / "xl.safetensors"), vectors)
     Concept("<wide>", torch.ones(1, 768)).save(tmp_path / "wide.safetensors")
     with pytest.raises(InputError, match=r"768.*SD 1\.x.*32-wide"):
         Inversion(sd, [a_word(sd, init=initial_rows(sd, "file", tmp_path / "wide.safetensors"))], Settings())
@@ -353,7 +359,9 @@ def test_progressive_extension(load: Callable) -> None:
         assert learning.tolist() == [i < joined for i in range(3)]
         assert torch.equal(rows.detach()[joined:], word.init[joined:]), step
         assert (rows.detach()[:joined] - word.init[:joined]).abs().amin(0).max() > 1e-3
-    assert len(inversion.concept(0).vectors) == 3
+        now = in_play(sd, vocab_size)
+        assert torch.equal(inversion.concept(0).vectors, rows.detach()[:now])
+    assert now == 3
 
 
 def test_the_first_of_progressive_steps_are_those_of_a_single_vector(load: Callable) -> None:
@@ -635,6 +643,13 @@ def test_a_learning_rate_that_is_too_high(load: Callable) -> None:
     assert str(error.value).startswith(f"step {inversion.step_count + 1}:")
 
 
+def test_which_word_went_wrong(load: Callable) -> None:
+    sd = load()
+    words = [a_word(sd, placeholder=f"<{i}>", lr=1e30 if i == 1 else 5e-3) for i in range(3)]
+    with pytest.raises(Diverged, match="a vector of '<1>' has become"):
+        run(sd, words, Settings(), 5)
+
+
 def test_a_broken_gradient(load: Callable) -> None:
     """The loss is finite, the gradient is not: rows that lead there are not kept."""
     sd = load()
@@ -787,6 +802,36 @@ def test_a_word_that_is_taken(load: Callable) -> None:
     Inversion(load(), [a_word(sd, placeholder="cat")], Settings(), replace=True).step()
     with pytest.raises(InputError, match="'<toy>' is in use already"):
         Inversion(sd, [a_word(sd), a_word(sd)], Settings())
+
+
+LONG = "a photo of the red toy on grass {}"
+
+
+@pytest.mark.parametrize(
+    ("n", "settings", "templates"),
+    [
+        (70, {}, ()),
+        (67, {"per_image": 0.1}, ()),  # there is room for the word, but not for that of the photo
+        (4, {"progressive": (1, 2, 3)}, ["cat " * 72 + "{}"]),  # for one vector, but not for four
+    ],
+)
+def test_prompts_without_room_leave_nothing_behind(
+    n: int, settings: dict, templates: list[str], load: Callable
+) -> None:
+    """Noticed at once, and the model knows neither the word nor less than before."""
+    sd = load()
+    sd.add_concept(Concept("<toy>", torch.ones(1, 32)))
+    sd.add_concept(Concept("<old>", torch.ones(1, 32)))
+    before = dict(sd.tokenizer.placeholders)
+    word = a_word(sd, n, templates=[LONG])
+    with pytest.raises(InputError, match="does not fit"):
+        Inversion(sd, [word], Settings(**settings), replace=True, templates=templates)
+    assert sd.tokenizer.placeholders == before
+    with pytest.raises(InputError, match="'<old>' is in use already"):
+        Inversion(sd, [a_word(sd, placeholder="<new>"), a_word(sd, placeholder="<old>")], Settings())
+    assert sd.tokenizer.placeholders == before
+    assert not any(p.requires_grad for p in sd.text_encoder.parameters())
+    Inversion(sd, [replace(word, init=word.init[:1])], Settings(), replace=True, templates=templates)
 
 
 RESUMED = OPTIONS | {"progressive": {"progressive": (1, 3), "weight_decay": 0.3}, "float16": {}}

@@ -32,6 +32,8 @@ def test_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("a drawing of {}\r\n\n   {} on a table  \n   \n„{}“, 写真\n", encoding="utf-8")
     assert load_templates(str(path)) == ("a drawing of {}", "{} on a table", "„{}“, 写真")
+    path.write_text("{} here\n", encoding="utf-8-sig")  # as Windows' editor does
+    assert load_templates(str(path)) == ("{} here",)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -23,13 +25,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minti
-from minti import Concept, InputError, StableDiffusion, cli, train, trainer
+from minti import Concept, InputError, StableDiffusion, cli, inversion, train, trainer
 from minti.data import contact_sheet, encode_views, load_photos, make_views
 from minti.draws import Settings, Word
 from minti.initial import initial_rows
 from minti.inversion import Inversion
+from minti.run_folder import Run
+from minti.scoring import fingerprint
 from minti.templates import OBJECT
-from minti.trainer import Run, Trainer
+from minti.trainer import Trainer
+from minti.vae import VAE
 
 from .oracles import save_folder
 from .processes import ENVIRONMENT, ROOT
@@ -98,7 +103,9 @@ def log_of(out: Path) -> list[dict[str, float | None]]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_everything_a_run_writes(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_everything_a_run_writes(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
     """With the report and all."""
     out = tmp_path / "new" / "run"
     more = ["--save-every", "3", "--sample-every", "2", "--sample-steps", "1", "--num-vectors", "2"]
@@ -124,7 +131,10 @@ def test_everything_a_run_writes(base: Path, tmp_path: Path, caplog: pytest.LogC
     assert tensors["<toy>"].shape == (2, 32)
     assert tensors["<toy>"].dtype == torch.float32
     metadata = Concept.load(out / "learned_embeds.safetensors").metadata
+    sd = minti.load(base / "model", device="cpu")
     expected = {"init_word": "red toy", "step": "5", "seed": "0", "minti": minti.__version__}
+    model = fingerprint(sd.text_encoder.text_model.encoder, sd.unet, sd.vae)
+    expected |= {"base_model": str(base / "model"), "base_model_hash": model, "dtype": "float32"}
     assert expected.items() <= metadata.items()
     with safe_open(out / "learned_embeds.safetensors", "pt") as file:
         assert "red toy" in str(file.metadata())  # there for other programs to see
@@ -137,7 +147,6 @@ def test_everything_a_run_writes(base: Path, tmp_path: Path, caplog: pytest.LogC
     assert [row["eval_loss"] is not None for row in log] == [False, True, False, True, True]
     assert {row["lr"] for row in log} == {0.01}
     assert all(0 < row["seconds"] < 60 for row in log)
-    sd = minti.load(base / "model", device="cpu")
     table = sd.text_encoder.token_embedding.weight
     start = initial_rows(sd, "word", "red toy", 2)
     assert log[-1]["norm"] == pytest.approx(
@@ -163,6 +172,8 @@ def test_everything_a_run_writes(base: Path, tmp_path: Path, caplog: pytest.LogC
     assert "<toy>: 2 photos, 4 views of 16 pixels" in messages
     assert any(m.startswith("memory: about ") and m.endswith(" MB to learn") for m in messages)
     assert messages[-1] == f"<toy>: learned in {out / 'learned_embeds.safetensors'}"
+    said = re.search(r"5/5 steps, .*, loss \d\.\d+, eval loss \d\.\d+, (\d+) MB", capsys.readouterr().err)
+    assert 10 < int(said[1]) < 100_000
 
 
 def test_the_config_repeats_the_run(run: Callable, tmp_path: Path) -> None:
@@ -173,11 +184,20 @@ def test_the_config_repeats_the_run(run: Callable, tmp_path: Path) -> None:
     assert config["progressive"] == [1, 3]
     assert config["flip"] is False
     assert config["beta2"] == 0.999
+    assert not config.keys() & {"resume", "overwrite"}
     again = tmp_path / "again"
     train.main(["--config", str(out / "config.yaml"), "--out", str(again)])
     for name in ("learned_embeds.safetensors", "state.safetensors", "inputs.png"):
         assert (again / name).read_bytes() == (out / name).read_bytes()
     assert log_of(again) == log_of(out)
+
+
+def test_the_config_of_a_run_does_not_replace_it(run: Callable) -> None:
+    """Also where the run itself had replaced another."""
+    run()
+    out = run("--overwrite")
+    with pytest.raises(InputError, match="exists already"):
+        train.main(["--config", str(out / "config.yaml"), "--lr", "0.1"])
 
 
 def test_it_is_the_method_with_the_options_of_the_command_line(run: Callable, base: Path) -> None:
@@ -251,6 +271,95 @@ def test_a_start_from_a_file(run: Callable, tmp_path: Path) -> None:
     assert Concept.load(out / "learned_embeds.safetensors").placeholder == "<toy>"
 
 
+def test_vectors_that_join_in_later(run: Callable) -> None:
+    """Files hold those that were in use when they were written; so do norm and cosine."""
+    more = ["--num-vectors", "3", "--progressive", "2", "--progressive", "4", "--steps", "6"]
+    out = run(*more, "--save-every", "1", "--regularization", "10", "--keep", "best", "--eval-every", "1")
+    steps = [Concept.load(path).vectors for path in sorted((out / "embeds").iterdir())]
+    assert [len(vectors) for vectors in steps] == [1, 2, 2, 3, 3, 3]
+    log = log_of(out)
+    best = min(range(6), key=lambda i: log[i]["eval_loss"])
+    assert torch.equal(learned(out), steps[best])
+    state = load_file(out / "state.safetensors")
+    for row, vectors in zip(log, steps, strict=True):
+        cosine = torch.nn.functional.cosine_similarity(vectors, state["init.0"][: len(vectors)]).mean()
+        assert row["cosine"] == pytest.approx(cosine.item(), rel=1e-5)
+
+
+def test_a_random_start(run: Callable, base: Path) -> None:
+    """Needs no init word, and does not say it had one."""
+    out = run("--init", "random", "--seed", "3", "--lr", "0", "--weight-decay", "0")
+    concept = Concept.load(out / "learned_embeds.safetensors")
+    sd = minti.load(base / "model", device="cpu")
+    assert torch.equal(concept.vectors, initial_rows(sd, "random", "", 1, 3))
+    assert concept.metadata["init_word"] == ""
+    argv = arguments(base, out.parent / "other", "--init", "random", "--steps", "1")
+    i = argv.index("--init-word")
+    train.main(argv[:i] + argv[i + 2 :])
+
+
+def test_a_word_that_is_replaced(run: Callable) -> None:
+    out = run("--placeholder", "cat", "--replace-word")
+    assert Concept.load(out / "learned_embeds.safetensors").placeholder == "cat"
+
+
+def test_the_compiled_loss(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(inversion, "compile_for", lambda device, f: compiled.append(f) or f)
+    run("--steps", "1")
+    assert not compiled
+    run("--steps", "1", "--compile", "--overwrite")
+    assert [f.__name__ for f in compiled] == ["_sample_loss"]
+
+
+def test_captions_are_learned_with(run: Callable, base: Path, tmp_path: Path) -> None:
+    """The same one beside each photo: as if it were the only template."""
+    shutil.copytree(base / "photos", tmp_path / "photos")
+    for path in [*tmp_path.glob("photos/*.png")]:
+        path.with_suffix(".txt").write_text("the red {} on grass")
+    (tmp_path / "templates.txt").write_text("the red {} on grass")
+    with_captions = run("--images", str(tmp_path / "photos"))
+    as_templates = run("--templates", str(tmp_path / "templates.txt"), out=tmp_path / "other")
+    assert torch.equal(learned(with_captions), learned(as_templates))
+
+
+def test_the_vae_makes_way(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the device once the photos are encoded, and back for previews only."""
+    moves, to, step = [], VAE.to, Inversion.step
+    monkeypatch.setattr(VAE, "to", lambda self, *args, **kw: moves.append(args) or to(self, *args, **kw))
+    monkeypatch.setattr(Inversion, "step", lambda *args, **kw: moves.append("step") or step(*args, **kw))
+    run("--steps", "3", "--sample-every", "2", "--sample-steps", "1")
+    preview = [(torch.device("cpu"),), ("cpu",)]  # the first is where the model is, on a GPU another one
+    assert moves[moves.index("step") - 1 :] == [("cpu",), "step", "step", *preview, "step", *preview]
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "there", "expected"),
+    [
+        ("auto", 2, True, "cuda:1"),
+        ("cuda", 2, True, "cuda:1"),
+        ("cuda:0", 2, True, "cuda:0"),
+        ("cpu", 2, True, "cpu"),
+        ("auto", 2, False, "auto"),
+        ("auto", 1, True, "auto"),
+    ],
+)
+def test_the_gpu_of_a_process(
+    asked: str, world: int, there: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert train.local_device(asked, world) == expected
+
+
+def test_the_device_that_was_asked_for_is_what_is_saved(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "local_device", lambda asked, world: "cpu")
+    out = run("--device", "cuda", "--steps", "1")
+    assert yaml.safe_load((out / "config.yaml").read_text())["device"] == "cuda"
+
+
 def test_half_precision(run: Callable) -> None:
     """float32 vectors that move, and a scaler that is saved."""
     out = run("--dtype", "float16")
@@ -282,10 +391,10 @@ def test_recipes(recipe: str, run: Callable, monkeypatch: pytest.MonkeyPatch) ->
 # ----------------------------------------------------------------------------------------------------------
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
-    """Evaluations that give these values, one after the other."""
-    sequence = iter(values)
-    monkeypatch.setattr(Inversion, "evaluate", lambda self: torch.tensor([next(sequence)] * len(self.words)))
+def pretend(monkeypatch: pytest.MonkeyPatch, *values: list[float]) -> None:
+    """Evaluations that give these values, one after the other, for each word its own."""
+    sequence = zip(*values, strict=True)
+    monkeypatch.setattr(Inversion, "evaluate", lambda self: torch.tensor(next(sequence)))
 
 
 def test_keep_the_best(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,12 +433,11 @@ def stops_after(values: list[float], window: int, threshold: float) -> int | Non
 @pytest.mark.parametrize("window", [2, 5, 10])
 def test_when_to_stop(window: int, threshold: float) -> None:
     expected = stops_after(CURVE, window, threshold)
-    args = Namespace(early_stop=threshold, early_stop_window=window)
+    args = Namespace(early_stop=threshold, early_stop_window=window, progressive=[])
     found = None
     for n in range(len(CURVE) + 1):
         rows = [{"eval_loss": v} for x in CURVE[:n] for v in (None, x)]
-        word = Run(None, Path(), "", torch.zeros(32), rows)
-        if Trainer._converged(Namespace(args=args, runs=[word])):
+        if Run(None, "", Path(), "", torch.zeros(32), rows).has_converged(args):
             found = n
             break
     assert found == expected
@@ -347,14 +455,68 @@ def test_a_run_stops_early(run: Callable, monkeypatch: pytest.MonkeyPatch) -> No
     expected = 2 * stops_after(CURVE, 5, 0.15)
     assert expected < 60
     more = ["--steps", "60", "--early-stop", "0.15", "--early-stop-window", "5", "--keep", "last"]
+    more += ["--sample-every", "50", "--sample-steps", "1"]
     out = run(*more)
     assert len(rows(out / "log.csv")) == expected
+    assert [path.name for path in (out / "samples").iterdir()] == [f"step-{expected:06d}.png"]
     assert torch.equal(
         learned(out), Concept.load(out / "embeds" / f"step-{expected:06d}.safetensors").vectors
     )
     pretend(monkeypatch, [])
     run(*more, "--resume")
     assert len(rows(out / "log.csv")) == expected
+
+
+def test_not_before_the_last_vector_has_learned() -> None:
+    rows = [{"eval_loss": v} for v in (3.0, 1.0, 2.0, 2.0)]
+    for step, expected in ((3, True), (4, False)):
+        args = Namespace(early_stop=0.1, early_stop_window=2, progressive=[step])
+        assert Run(None, "", Path(), "", torch.zeros(32), rows).has_converged(args) == expected
+
+
+def test_each_word_stops_by_itself(
+    run: Callable, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what a separate run has when it stops there; also if interrupted in between."""
+    curves = {"a": [2.0, 1.0, *[0.5 + 0.5 * (-1) ** i for i in range(9)]]}
+    curves["b"] = [3.0, 1.0, 1.0, 1.0, *[0.1] * 7]
+    more = ["--steps", "11", "--eval-every", "1", "--early-stop", "0.5", "--early-stop-window", "2"]
+    more += ["--sample-every", "20", "--sample-steps", "1", "--save-every", "3", "--keep", "best"]
+    words = [{"name": n, "placeholder": f"<{n}>", "images": str(base / "photos")} for n in "ab"]
+    pretend(monkeypatch, *curves.values())
+    out = run("--config", write_config(tmp_path, words), *more)
+
+    stop, count = trainer.Stop.anywhere, 0
+
+    def after_seven(self: trainer.Stop, world: int) -> bool:
+        nonlocal count
+        count += 1
+        return count == 7 or stop(self, world)
+
+    monkeypatch.setattr(trainer.Stop, "anywhere", after_seven)
+    again = tmp_path / "again"
+    for curve in ([c[:7] for c in curves.values()], [c[7:] for c in curves.values()]):
+        pretend(monkeypatch, *curve)
+        with contextlib.suppress(KeyboardInterrupt):
+            run("--config", write_config(tmp_path, words), *more, "--resume", out=again)
+    for name, steps in (("a", 11), ("b", 4)):
+        pretend(monkeypatch, curves[name])
+        alone = run("--placeholder", f"<{name}>", *more, out=tmp_path / f"{name}-alone")
+        assert len(log_of(alone)) == steps
+        for folder in (out, again):
+            torch.testing.assert_close(learned(folder / name), learned(alone), rtol=0, atol=1e-5)
+            assert [row["eval_loss"] for row in log_of(folder / name)] == curves[name][:steps]
+            words = [Concept.load(out / "learned_embeds.safetensors") for out in (folder / name, alone)]
+            assert words[0].metadata == words[1].metadata
+            assert (folder / name / "samples" / f"step-{steps:06d}.png").exists()
+            assert {p.name for p in (folder / name / "samples").iterdir()} == {
+                p.name for p in (alone / "samples").iterdir()
+            }
+        assert {p.name for p in (out / name / "embeds").iterdir()} == {
+            p.name for p in (alone / "embeds").iterdir()
+        }
+        assert torch.equal(learned(again / name), learned(out / name))
+    assert (again / "state.safetensors").read_bytes() == (out / "state.safetensors").read_bytes()
 
 
 # When it goes wrong
@@ -369,10 +531,15 @@ def failed(action: Callable[[], object], capsys: pytest.CaptureFixture) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_learning_rate_that_is_too_high(run: Callable, capsys: pytest.CaptureFixture) -> None:
+def test_a_learning_rate_that_is_too_high(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = []
+    monkeypatch.setattr(train, "write_report", lambda folder, nearest: reports.append(folder))
     said = failed(lambda: run("--lr", "1e30"), capsys)
     assert "minti.train: error: step " in said
     assert "lower the learning rate" in said
+    assert reports == [tmp_path / "run"]
 
 
 def test_a_broken_checkpoint(
@@ -439,7 +606,15 @@ def test_the_last_good_vectors_are_kept(
         (["--lr", "-1"], "lr"),
         (["--lr", "fast"], "lr"),
         (["--lr", "nan"], "lr"),
-        (["--beta1", "1.5"], "beta1"),
+        (["--beta1", "1"], "beta1: 1 should be at least 0 and below 1"),
+        (["--beta2", "1"], "beta2: 1 should be at least 0 and below 1"),
+        (["--lr", "inf"], "lr: inf should be at least 0 and below inf"),
+        (["--sample-steps", "5000"], "--sample-steps: "),
+        (["--placeholder", "emb_params"], "'emb_params' cannot be a word"),
+        (["--placeholder", "toy.bias"], "'toy.bias' cannot be a word"),
+        (["--num-vectors", "2", "--progressive", "4"], "progressive 4: should be less than --steps, 4"),
+        (["--keep", "best", "--eval-every", "0"], "go by evaluations: give --eval-every"),
+        (["--early-stop", "0.1", "--eval-every", "0"], "go by evaluations: give --eval-every"),
         (["--crop", "middle"], "crop"),
         (["--learning-rate", "1"], "unknown option '--learning-rate'"),
         (["--config", "no-such-recipe"], "recipes are fast, low-memory, object, paper, style, tiny"),
@@ -544,7 +719,7 @@ def test_several_words_go_on(
         ({"name": "a/b"}, "name 'a/b'"),
         ({"name": ""}, "name ''"),
         ({"name": "first"}, "same name"),
-        ({"placeholder": "<first>"}, "'<first>' is in use already"),
+        *(({"name": name}, f"name '{name}'") for name in ("state.safetensors", "config.yaml", "embeds")),
         ({"steps": 5}, "unknown key 'steps'"),
         ({7: 5}, "unknown key '7'"),
         ({"templates": ["a {}"]}, "templates"),
@@ -568,6 +743,22 @@ def test_bad_entries_of_concepts(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("word", ["<toy>", "cat"])
+def test_several_seeds_of_a_word(word: str, run: Callable, base: Path, tmp_path: Path) -> None:
+    """Each entry learns for itself, and is saved under the one name."""
+    words = [{"name": f"seed-{s}", "placeholder": w, "seed": s} for s, w in enumerate((word, word.upper()))]
+    more = ["--replace-word", "--per-image", "0.5", "--sample-every", "4", "--sample-steps", "1"]
+    out = run("--config", write_config(tmp_path, words), *more)
+    for entry in words:
+        folder = out / entry["name"]
+        alone = run(f"--placeholder={word}", f"--seed={entry['seed']}", *more, out=tmp_path / entry["name"])
+        assert Concept.load(folder / "learned_embeds.safetensors").placeholder == entry["placeholder"]
+        torch.testing.assert_close(learned(folder), learned(alone), rtol=0, atol=1e-5)
+        with Image.open(folder / "samples" / "step-000004.png") as image:
+            assert json.loads(image.text["prompts"]) == [f"a photo of {entry['placeholder']}"]
+    assert (learned(out / "seed-0") - learned(out / "seed-1")).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("concepts", [[], "toy", {"name": "a"}, ["a"], [None]])
 def test_concepts_that_are_no_list_of_words(concepts: object, run: Callable, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="concepts: should list entries like"):
@@ -581,10 +772,11 @@ def test_concepts_that_are_no_list_of_words(concepts: object, run: Callable, tmp
 def test_two_processes(run: Callable, base: Path, tmp_path: Path) -> None:
     """With the same batch in all, the vectors of one process up to 1e-5: sums in another order."""
     more = ["--num-vectors", "2", "--scale-lr", "--lr", "0.001", "--regularization", "0.01", "--steps", "5"]
-    more += ["--per-image", "0.5", "--keep", "best"]
+    more += ["--per-image", "0.5", "--keep", "best", "--sample-every", "5", "--sample-steps", "1"]
     two = tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "minti.train", *arguments(base, two, *more), "--batch-size", "2"]
+    command += ["-m", "minti.train", *arguments(base, two, *more)]
+    command += ["--batch-size", "1", "--accumulate", "2"]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     one = run(*more, "--batch-size", "4")
@@ -595,7 +787,10 @@ def test_two_processes(run: Callable, base: Path, tmp_path: Path) -> None:
         assert {k: a[k] for k in ("step", "lr")} == {k: b[k] for k in ("step", "lr")}
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert {p.name for p in two.iterdir()} - {"report.html"} == {p.name for p in one.iterdir()}
-    assert result.stderr.count("<toy>: 2 photos, 4 views") == 1  # said once, not by each process
+    for text in ("<toy>: 2 photos, 4 views", "5/5 steps"):
+        assert result.stderr.count(text) == 1  # said once, not by each process
+    images = [np.asarray(Image.open(out / "samples" / "step-000005.png")).astype(int) for out in (two, one)]
+    assert np.abs(images[0] - images[1]).max() <= 1
 
 
 def test_the_model_is_not_touched(run: Callable, base: Path) -> None:
@@ -616,7 +811,9 @@ def test_nearest_words(base: Path, tmp_path: Path) -> None:
     views = make_views(load_photos(base / "photos"), 16, flip=False)
     word = Word("<toy>", init, encode_views(sd, views))
     args = train.options().parse(arguments(base, tmp_path / "run"), [])
-    nearest = Trainer(args, sd, [Run(word, tmp_path, "cat", torch.zeros(32))], 0, 1).nearest_words(0, 3)
+    nearest = Trainer(args, sd, [Run(word, "<toy>", tmp_path, "cat", torch.zeros(32))], 0, 1).nearest_words(
+        0, 3
+    )
     assert [len(words) for words in nearest] == [3, 3]
     assert [words[0][0] for words in nearest] == ["cat</w>", "toy</w>"]
     for words, vector in zip(nearest, init, strict=True):

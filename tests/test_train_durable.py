@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,11 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from minti import Concept, InputError, cli, train
+from minti import Concept, InputError, cli, run_folder, train
 from minti.files import write_atomically
+from minti.trainer import Stop
 
 from .oracles import save_folder
 from .processes import ENVIRONMENT, ROOT, Server
@@ -207,6 +211,35 @@ def test_the_command_is_interrupted(base: Path, uninterrupted: Path, tmp_path: P
     assert_same_results(out, uninterrupted)
 
 
+def test_one_of_two_processes_is_interrupted(base: Path, server: Server, tmp_path: Path) -> None:
+    """Both stop after the same step, and both go on from there, bit for bit as if nothing had been."""
+    other = Server()
+
+    def run_both(out: Path, interrupt: bool = False) -> tuple[int, int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        argv = arguments(base, out, "--accumulate", "2", "--sample-every", "0", "--resume")
+        for rank, process in enumerate((server, other)):
+            environment = address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            pid = process.start(argv, tmp_path / f"stderr-{rank}", environment=environment)
+        if interrupt:
+            wait_for((out / "embeds" / "step-000005.safetensors").exists)
+            os.kill(pid, signal.SIGTERM)
+        return server.wait(), other.wait()
+
+    try:
+        expected, out = tmp_path / "expected", tmp_path / "run"
+        assert run_both(expected) == (0, 0), (tmp_path / "stderr-0").read_text()
+        assert run_both(out, interrupt=True) == (130, 130), (tmp_path / "stderr-0").read_text()
+        assert 5 <= len(rows(out / "log.csv")) < STEPS
+        assert run_both(out) == (0, 0), (tmp_path / "stderr-0").read_text()
+    finally:
+        other.close()
+    assert_same_results(out, expected)
+
+
 # Going on
 # ----------------------------------------------------------------------------------------------------------
 
@@ -291,23 +324,69 @@ def test_resume_as_another_run(
     assert snapshot(done) == before
 
 
-@pytest.mark.parametrize("change", ["picture", "caption"])
+@pytest.mark.parametrize("change", ["picture", "caption", "templates"])
 def test_resume_with_other_photos(
     change: str, run_to: Callable, done: Path, base: Path, tmp_path: Path
 ) -> None:
     """The folder is the same, what is in it is not."""
     shutil.copytree(base / "photos", tmp_path / "photos")
-    run_to("--images", str(tmp_path / "photos"), "--overwrite")
-    run_to("--resume", "--images", str(tmp_path / "photos"))
+    (templates := tmp_path / "templates.txt").write_text("a photo of {}")
+    argv = ["--images", str(tmp_path / "photos"), "--templates", str(templates)]
+    run_to(*argv, "--overwrite")
+    run_to(*argv, "--resume")
     before = snapshot(done)
     picture = min(tmp_path.glob("photos/*.png"))
     if change == "picture":
         Image.new("RGB", (20, 20), "teal").save(picture)
     else:
-        picture.with_suffix(".txt").write_text("a drawing of {}")
-    with pytest.raises(InputError, match="photos or captions of '<toy>' are not those the run began with"):
-        run_to("--resume", "--images", str(tmp_path / "photos"))
+        path = templates if change == "templates" else picture.with_suffix(".txt")
+        path.write_text("a drawing of {}")
+    message = "the run began with other photos, captions or templates of '<toy>'"
+    with pytest.raises(InputError, match=message):
+        run_to(*argv, "--resume")
     assert snapshot(done) == before
+
+
+def test_resume_with_another_checkpoint(run_to: Callable, done: Path, base: Path, tmp_path: Path) -> None:
+    """In the same place."""
+    shutil.copytree(base / "model", model := tmp_path / "model")
+    run_to("--checkpoint", str(model), "--overwrite")
+    before = snapshot(done)
+    (path,) = (model / "unet").glob("*.safetensors")
+    weights = load_file(path)
+    save_file(weights | {"conv_out.bias": weights["conv_out.bias"] + 1}, path, {"format": "pt"})
+    with pytest.raises(InputError, match="the run began with another checkpoint in") as error:
+        run_to("--checkpoint", str(model), "--resume")
+    assert str(model) in str(error.value)
+    assert snapshot(done) == before
+
+
+def test_resume_with_another_number_of_processes(run_to: Callable, done: Path) -> None:
+    state = load_file(done / "state.safetensors")
+    assert state["world"] == 1
+    save_file(state | {"world": torch.tensor(2)}, done / "state.safetensors")
+    with pytest.raises(InputError, match="the run began with 2 processes, not 1"):
+        run_to("--resume")
+
+
+@pytest.mark.parametrize("what", ["changed", "longer", "gone"])
+def test_resume_without_the_file_it_started_from(
+    what: str, run_to: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What matters of it is in the state."""
+    old = tmp_path / "old.safetensors"
+    Concept("<old>", torch.linspace(-0.1, 0.1, 64).view(2, 32)).save(old)
+    argv = ["--init", "file", "--init-word", str(old), "--regularization", "1"]
+    expected = run_to(*argv, out=tmp_path / "expected")
+    monkeypatch.setattr(Stop, "anywhere", lambda self, world: True)
+    with pytest.raises(KeyboardInterrupt):
+        run_to(*argv)
+    monkeypatch.setattr(Stop, "anywhere", lambda self, world: False)
+    if what == "gone":
+        old.unlink()
+    else:
+        Concept("<old>", torch.ones(2 + (what == "longer"), 32)).save(old)
+    assert_same_results(run_to(*argv, "--resume"), expected)
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "config.yaml", "log.csv"])
@@ -378,6 +457,65 @@ def test_overwrite(run_to: Callable, tmp_path: Path) -> None:
     run_to("--overwrite")
     assert_same_results(tmp_path / "run", run_to(out=tmp_path / "fresh"))
     assert len(list((tmp_path / "run" / "embeds").iterdir())) == 1
+
+
+@pytest.mark.parametrize("killed_by", ["unlink", "write"])
+def test_killed_while_overwriting(
+    killed_by: str, run_to: Callable, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can be overwritten again, and nothing goes on from what is half cleared away."""
+
+    def kill(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if killed_by == "write":
+            patch.setattr(run_folder, "write_atomically", kill)
+        else:
+            patch.setattr(shutil, "rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run_to("--overwrite", "--lr", "0.01")
+    assert (done / "config.yaml").exists()
+    assert not (done / "state.safetensors").exists()
+    run_to("--overwrite", "--lr", "0.01")
+    assert_same_results(done, run_to("--lr", "0.01", out=tmp_path / "fresh"))
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_what_was_being_written_is_cleared_away(flag: str, run_to: Callable, done: Path) -> None:
+    names = [".log.csv.a1b2c3d4", "embeds/.step-000004.safetensors.a1b2c3d4", ".config.yaml.a1b2c3d4"]
+    for name in (*names, ".mine"):
+        (done / name).write_text("half")
+    run_to(flag)
+    assert not any((done / name).exists() for name in names)
+    assert (done / ".mine").exists()
+
+
+FOREIGN = [
+    {"references": "photos", "placeholder": "<toy>"},
+    {"concepts": ["a", "b"]},
+    {"init_word": "toy", "save_every": 1, "eval_size": 1, "concepts": ["a", "b"]},
+    {"init_word": "toy", "save_every": 1, "eval_size": 1, "concepts": [{"name": "../other"}]},
+]
+
+
+@pytest.mark.parametrize("config", FOREIGN, ids=str)
+def test_the_config_of_something_else(config: dict, run_to: Callable, tmp_path: Path) -> None:
+    for name in ("run/samples", "other/samples"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "mine.png").write_text("mine")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match=r"run: holds something that is not a run of minti\.train"):
+        run_to("--overwrite")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_start_that_would_be_cleared_away(run_to: Callable, done: Path) -> None:
+    before = snapshot(done)
+    with pytest.raises(InputError, match=r"learned_embeds\.safetensors: is in --out"):
+        run_to("--overwrite", "--init", "file", "--init-word", str(done / "learned_embeds.safetensors"))
+    assert snapshot(done) == before
 
 
 def test_overwrite_spares_what_is_not_of_the_run(run_to: Callable, base: Path, tmp_path: Path) -> None:
