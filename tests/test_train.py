@@ -617,7 +617,10 @@ def test_the_last_good_vectors_are_kept(
         (["--early-stop", "0.1", "--eval-every", "0"], "go by evaluations: give --eval-every"),
         (["--crop", "middle"], "crop"),
         (["--learning-rate", "1"], "unknown option '--learning-rate'"),
-        (["--config", "no-such-recipe"], "recipes are fast, low-memory, object, paper, style, tiny"),
+        (
+            ["--config", "no-such-recipe"],
+            "recipes are fast, low-memory, object, paper, style, tiny, tiny-all",
+        ),
         (["--device", "tpu"], "device 'tpu'"),
         (["--set", "crop=middle"], "crop"),
         (["--set", "conceps=1"], "did you mean 'concepts'"),
