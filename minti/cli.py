@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import importlib.util
 import logging
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -266,42 +264,6 @@ def size(text: str) -> int | tuple[int, int]:
     if len(sides) > 2:
         raise ValueError
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-class Progress:
-    """How far a long job is: a bar where tqdm is installed, otherwise a line every few seconds."""
-
-    EVERY = 5.0  # seconds
-
-    def __init__(self, total: int, unit: str, done: int = 0) -> None:
-        self.total, self.unit, self.done = total, unit, done
-        self._first = done
-        self._start = self._last = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, unit=unit, initial=done)
-
-    def step(self, note: str = "") -> None:
-        """One more unit of work is done."""
-        self.done += 1
-        if self._bar is not None:
-            self._bar.set_postfix_str(note)
-            self._bar.update()
-            return
-        now = time.monotonic()
-        if now - self._last >= self.EVERY or self.done == self.total:
-            rate = (self.done - self._first) / max(now - self._start, 1e-9)
-            left = int((self.total - self.done) / rate)
-            text = f"{self.done}/{self.total} {self.unit}s, {rate:.2f}/s, {left // 60}:{left % 60:02d} left"
-            print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
-            self._last = now
-
-    def close(self) -> None:
-        """Leave the terminal tidy, also after an interruption."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def run(command: str, main: Callable[[Sequence[str] | None], None]) -> NoReturn:

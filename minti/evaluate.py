@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 from . import cli
 from .config import InputError
 from .data import load_photos
 from .evaluation import Benchmark, Evaluation, best, with_tradeoffs
 from .files import write_atomically
-from .pictures import Store, file_name
+from .pictures import Store, file_name, make_all
+from .processes import Processes
 from .results import plot, report, table, write_sheet
 from .subjects import Plan, plan_generation, plan_samples
 from .verdict import Run
@@ -80,48 +76,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = opts.parse(argv, required=[], base=base)
     if args.images is None:
         raise InputError("--images must be given: the photos that the word was learned from")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        # Only to wait for each other: what has been made is passed on by way of --out.
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-        if torch.cuda.is_available() and args.device == "auto":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if rank:
-        logging.getLogger().setLevel(logging.WARNING)
+    processes = Processes.of_torchrun()
+    processes.join_to_wait()
+    args.device = processes.device(args.device)
     photos = [photo.image for photo in load_photos(args.images)]
     plan = plan_samples(args) if args.samples else plan_generation(args, style)
     out = choose_out(args)
-    if rank == 0:
+    if processes.rank == 0:
         made = ("pictures", "grids", "evaluation.json", "plot.svg")
         cli.prepare_out(out, args, "an evaluation", "references", made, MAY_DIFFER)
     store = Store(out / "pictures")
-    if world > 1:
-        dist.barrier()
-    make_all(plan, store, rank, world)
-    if rank == 0:
+    processes.wait()
+    make_all([job for jobs in plan.jobs.values() for job in jobs.values()], plan.scorer, store, processes)
+    if processes.rank == 0:
         benchmark = Benchmark.make(plan.scorer, photos, plan.prompts)
         evaluations = score_all(plan, store, benchmark, args)
         print(table(evaluations))
         write_results(out, plan, store, evaluations)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def make_all(plan: Plan, store: Store, rank: int, world: int) -> None:
-    """Make what is not yet in the store; every process takes its share of the prompts."""
-    todo = [job for jobs in plan.jobs.values() for job in jobs.values() if store.load(job) is None]
-    if world > 1:
-        dist.barrier()  # before anything is added, so that all share out the same list
-    mine = todo[rank::world]
-    progress = cli.Progress(sum(job.ticks for job in mine), "step")
-    try:
-        for job in mine:
-            job.embed(plan.scorer, store, progress.step)
-    finally:
-        progress.close()
-    if world > 1:
-        dist.barrier()
+    processes.wait()
+    processes.leave()
 
 
 def score_all(plan: Plan, store: Store, benchmark: Benchmark, args: argparse.Namespace) -> list[Evaluation]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,11 @@ from torch import Tensor
 from .data import open_image
 from .files import write_atomically
 from .pipeline import StableDiffusion, image_grid
+from .processes import Processes
+from .progress import Progress
 from .scoring import Scorer, fingerprint
+
+log = logging.getLogger(__name__)
 
 COLUMNS, THUMBNAIL = 8, 128  # of the grids: pictures in a row, and the longer side of each in pixels
 Tick = Callable[[], None]  # called after every step of a long job
@@ -131,6 +136,20 @@ def file_name(text: str) -> str:
     return "-".join(
         [*"-".join(readable)[:40].strip("-").split(), hashlib.sha256(text.encode()).hexdigest()[:6]]
     )
+
+
+def make_all(jobs: Iterable[Job], scorer: Scorer, store: Store, processes: Processes) -> None:
+    """Make and embed every picture that is not there yet; every process takes its share of the jobs."""
+    todo = {job.name: job for job in jobs if store.load(job) is None}
+    log.info("%d sets of pictures are still to be made", len(todo))
+    mine = processes.share(list(todo.values()))
+    progress = Progress(sum(job.ticks for job in mine), "sampling step")
+    try:
+        for job in mine:
+            job.embed(scorer, store, progress.step)
+    finally:
+        progress.close()
+    processes.wait()
 
 
 class Store:

@@ -20,6 +20,7 @@ from .concept import Concept
 from .config import InputError
 from .files import write_atomically
 from .pipeline import StableDiffusion, image_grid
+from .progress import Progress
 from .scoring import Scorer, choose_clip
 from .tokenizer import replace_words
 
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     how |= {"negative_prompt": args.negative_prompt}
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
-    progress = cli.Progress(len(batches) * args.steps, "step")
+    progress = Progress(len(batches) * args.steps, "step")
     images, candidates, start = [], [], time.monotonic()
     try:
         for batch in batches:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from .initial import initial_rows
 from .inversion import Diverged, Word
 from .memory import training_memory
 from .pipeline import StableDiffusion
+from .processes import Processes
 from .report import write_report
 from .run_folder import Run, check_out, clear_temporaries, folders_of, read_state, start_out
 from .sample import encode_png
@@ -77,13 +76,6 @@ def load_word(
     return run, contact_sheet(views)
 
 
-def local_device(asked: str, world: int) -> str:
-    """The device of this process: of several, each has a GPU of its own, unless one was named."""
-    if world > 1 and torch.cuda.is_available() and asked in ("auto", "cuda"):
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return asked
-
-
 def write_reports(trainer: Trainer) -> None:
     for i, run in enumerate(trainer.runs):
         write_report(run.folder, trainer.nearest_words(i))
@@ -100,47 +92,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.checkpoint is None:
         raise InputError("--checkpoint must be given; see --help")
     specs = word_specs(opts, args)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    going_on = rank == 0 and check_out(out, args, specs)
-    if world > 1:
-        dist.init_process_group()
-    if rank:
-        logging.getLogger().setLevel(logging.WARNING)
+    processes = Processes.of_torchrun()
+    going_on = processes.rank == 0 and check_out(out, args, specs)
+    processes.join()
 
     state = read_state(out / "state.safetensors") if args.resume else {}
-    sd = cli.load_model(argparse.Namespace(**vars(args) | {"device": local_device(args.device, world)}))
+    sd = cli.load_model(argparse.Namespace(**vars(args) | {"device": processes.device(args.device)}))
     if sd.device.type == "cuda":
         torch.cuda.set_device(sd.device)
     sd.check_weights()
     sd.unet.gradient_checkpointing = args.gradient_checkpointing
-    lr_scale = args.batch_size * args.accumulate * world if args.scale_lr else 1
+    lr_scale = args.batch_size * args.accumulate * processes.world if args.scale_lr else 1
     words = [load_word(sd, s, args, lr_scale, state.get(f"init.{i}")) for i, s in enumerate(specs)]
     runs, sheets = zip(*words, strict=True)
     weights, activations = training_memory(sd, args.batch_size * len(runs), sd.check_size(args.size))
     log.info("memory: about %.0f MB of weights, %.0f MB to learn", weights / 1e6, 1.1 * activations / 1e6)
-    trainer = Trainer(args, sd, runs, rank, world)
+    trainer = Trainer(args, sd, runs, processes)
     # Only now, with everything in order, is anything written or an old run cleared away.
     if state:
         trainer.resume(state)
-    if rank == 0:
+    if processes.rank == 0:
         clear_temporaries(folders_of(out)) if going_on else start_out(out, args)
         for run, sheet in zip(runs, sheets, strict=True):
             if not (path := run.folder / "inputs.png").exists():
                 write_atomically(path, encode_png(sheet, {}))
-    if world > 1:
-        dist.barrier()
+    processes.wait()
     try:
         done = trainer.train(Stop())
     except Diverged as error:
-        if rank == 0:
+        if processes.rank == 0:
             write_reports(trainer)
         raise InputError(f"{error}; the vectors of the last good step are in {out}") from None
-    if rank == 0:
+    if processes.rank == 0:
         write_reports(trainer)
         for run in runs if done else ():
             log.info("%s: learned in %s", run.placeholder, run.folder / "learned_embeds.safetensors")
-    if world > 1:
-        dist.destroy_process_group()
+    processes.leave()
     if not done:
         raise KeyboardInterrupt
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from . import __version__, cli, embedding_files
+from . import __version__, embedding_files
 from .concept import Concept
 from .config import InputError
 from .draws import Settings
@@ -27,6 +27,8 @@ from .files import write_atomically
 from .inversion import Diverged, Inversion
 from .memory import peak_memory
 from .pipeline import StableDiffusion, image_grid
+from .processes import Processes
+from .progress import Progress
 from .run_folder import COLUMNS, Run, log_csv, read_log
 from .sample import encode_png
 from .scoring import fingerprint
@@ -60,9 +62,9 @@ class Trainer:
     """The loop around `Inversion.step`: logs, evaluations, previews, and savings that can be continued."""
 
     def __init__(
-        self, args: argparse.Namespace, sd: StableDiffusion, runs: Sequence[Run], rank: int, world: int
+        self, args: argparse.Namespace, sd: StableDiffusion, runs: Sequence[Run], processes: Processes
     ) -> None:
-        self.args, self.sd, self.runs, self.rank, self.world = args, sd, runs, rank, world
+        self.args, self.sd, self.runs, self.processes = args, sd, runs, processes
         self._check(args)
         names = {f.name for f in fields(Settings)}
         values = {key: value for key, value in vars(args).items() if key in names}
@@ -72,8 +74,8 @@ class Trainer:
             [run.word for run in runs],
             Settings(**values),
             replace=args.replace_word,
-            rank=rank,
-            world=world,
+            rank=processes.rank,
+            world=processes.world,
             compiled=args.compile,
             templates=self._sample_templates,
         )
@@ -85,7 +87,7 @@ class Trainer:
         model = torch.tensor(list(self._model.encode()), dtype=torch.uint8)
         # What a run depends on beside its settings. Weights are not the same numbers in another dtype.
         self._given = {
-            "world": (torch.tensor(world), ""),
+            "world": (torch.tensor(processes.world), ""),
             f"model.{self._dtype}": (model, f"another checkpoint in {args.checkpoint}"),
         }
         for i, run in enumerate(runs):
@@ -140,7 +142,7 @@ class Trainer:
             Diverged: the loss is not finite; the vectors of the last good step are saved.
         """
         args, steps = self.args, self.args.steps
-        progress = cli.Progress(steps, "step", self.inversion.step_count) if self.rank == 0 else None
+        progress = Progress(steps, "step", self.inversion.step_count) if self.processes.rank == 0 else None
         # A GPU is not kept waiting for its own results: they are read some steps later, together.
         patience = 1 if self.sd.device.type == "cpu" else 20
 
@@ -154,7 +156,7 @@ class Trainer:
                 if not self._unread:
                     self._since = time.monotonic()
                 self._unread.append(self._measure(self.inversion.step(check=False)))
-                asked = stop.anywhere(self.world)
+                asked = stop.anywhere(self.processes.world)
                 evaluate, preview, save = map(due, (args.eval_every, args.sample_every, args.save_every))
                 if len(self._unread) >= patience or evaluate or preview or save or asked:
                     self._read()
@@ -188,7 +190,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         values = self.inversion.evaluate().cpu()
-        if self.world > 1:
+        if self.processes.world > 1:
             dist.broadcast(values, 0)
         for i, (run, value) in enumerate(zip(self.runs, values.tolist(), strict=True)):
             if run.final is not None:
@@ -234,7 +236,7 @@ class Trainer:
 
     def _preview(self, runs: Sequence[Run]) -> None:
         """What words look like now, each in its prompts, always with the same seeds."""
-        if self.rank:
+        if self.processes.rank:
             return
         self.sd.vae.to(self.sd.device)
         for run in runs:
@@ -251,7 +253,7 @@ class Trainer:
 
     def save(self, *, resumable: bool = True) -> None:
         """Write words, logs and, last, the state from which `resume` continues."""
-        if self.rank:
+        if self.processes.rank:
             return
         state = self.inversion.state_dict() | {key: value for key, (value, _) in self._given.items()}
         for i, run in enumerate(self.runs):

@@ -10,6 +10,7 @@ import torch
 
 from minti import cli
 from minti.config import InputError
+from minti.progress import Progress
 
 
 def options() -> cli.Options:
@@ -255,7 +256,7 @@ def test_progress_prints_few_lines_and_the_last(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    progress = cli.Progress(20, "step")
+    progress = Progress(20, "step")
     for _ in range(20):
         now[0] += 1.0
         progress.step("loss 0.5")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -461,6 +462,34 @@ def test_an_interrupted_study_goes_on(
     study.main(argv)
     assert not list((tmp_path / "out" / "learning").iterdir())
     assert result(tmp_path / "out")["outcomes"] == result(done)["outcomes"]
+
+
+def test_two_processes_share_the_work(base: Path, done: Path, tmp_path: Path) -> None:
+    """Both learn and make pictures, and what comes out is what one process finds."""
+    recipe = write_recipe(base, base)
+    code = "import sys; from minti import cli; from minti.study.probe import Probe; Probe.SIZE = 16; "
+    code += "from minti.study.__main__ import main; cli.run('minti.study', main)"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, recipe, "--out", str(tmp_path / "out")],
+            env=env() | address | {"WORLD_SIZE": "2", "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        assert len(re.findall(r"(\d+)/\1 (?:sampling )?steps", said)) == 2, said
+    names = {str(Path(path).relative_to(done)) for path in snapshot(done)}
+    assert {str(Path(path).relative_to(tmp_path / "out")) for path in snapshot(tmp_path / "out")} == names
+    for one, two in zip(result(done)["outcomes"], result(tmp_path / "out")["outcomes"], strict=True):
+        assert one["name"] == two["name"]
+        assert one["clip_t"] == pytest.approx(two["clip_t"], abs=1e-3)  # threads may round differently
 
 
 def test_another_study_is_refused(base: Path, done: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from minti.data import contact_sheet, encode_views, load_photos, make_views
 from minti.draws import Settings, Word
 from minti.initial import initial_rows
 from minti.inversion import Inversion
+from minti.processes import Processes
 from minti.run_folder import Run
 from minti.scoring import fingerprint
 from minti.templates import OBJECT
@@ -349,13 +350,13 @@ def test_the_gpu_of_a_process(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert train.local_device(asked, world) == expected
+    assert Processes(1, world).device(asked) == expected
 
 
 def test_the_device_that_was_asked_for_is_what_is_saved(
     run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "local_device", lambda asked, world: "cpu")
+    monkeypatch.setattr(Processes, "device", lambda self, asked: "cpu")
     out = run("--device", "cuda", "--steps", "1")
     assert yaml.safe_load((out / "config.yaml").read_text())["device"] == "cuda"
 
@@ -814,9 +815,8 @@ def test_nearest_words(base: Path, tmp_path: Path) -> None:
     views = make_views(load_photos(base / "photos"), 16, flip=False)
     word = Word("<toy>", init, encode_views(sd, views))
     args = train.options().parse(arguments(base, tmp_path / "run"), [])
-    nearest = Trainer(args, sd, [Run(word, "<toy>", tmp_path, "cat", torch.zeros(32))], 0, 1).nearest_words(
-        0, 3
-    )
+    run = Run(word, "<toy>", tmp_path, "cat", torch.zeros(32))
+    nearest = Trainer(args, sd, [run], Processes()).nearest_words(0, 3)
     assert [len(words) for words in nearest] == [3, 3]
     assert [words[0][0] for words in nearest] == ["cat</w>", "toy</w>"]
     for words, vector in zip(nearest, init, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from ..concept import Concept
 from ..config import InputError
 from ..data import load_photos
 from ..evaluation import word_jobs
-from ..pictures import Job, Store, models
+from ..pictures import Job, Store, make_all, models
 from ..pipeline import StableDiffusion
+from ..processes import Processes
+from ..progress import Progress
 from ..scoring import Scorer, choose_clip
 from .grid import Variant, group_words
 from .learn import Learner
@@ -91,19 +93,21 @@ def digest(images: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def learn_all(learner: Learner, plan: Plan, together: int) -> None:
-    """Learn every word that is not there yet."""
+def learn_all(learner: Learner, plan: Plan, together: int, processes: Processes) -> None:
+    """Learn every word that is not there yet; every process takes its share of the batches."""
     groups = group_words([ask.variant for ask in plan.asks if ask.variant], together)
     todo = [group for group in groups if not learner.is_done(group)]
     words = sum(len(group.runs) for group in groups)
     log.info("%d words in %d batches, %d of which are still to be learned", words, len(groups), len(todo))
-    progress = cli.Progress(sum(learner.steps_left(group) for group in todo), "step")
+    mine = processes.share(todo)
+    progress = Progress(sum(learner.steps_left(group) for group in mine), "step")
     try:
-        for i, group in enumerate(todo, 1):
-            note = f"batch {i} of {len(todo)}: {len(group.runs)} words"
+        for i, group in enumerate(mine, 1):
+            note = f"batch {i} of {len(mine)}: {len(group.runs)} words"
             learner.learn(group, partial(progress.step, note))
     finally:
         progress.close()
+    processes.wait()
 
 
 def add_words(
@@ -126,18 +130,6 @@ def jobs_of(sd: StableDiffusion, scorer: Scorer, plan: Plan, ask: Ask, word: str
     return word_jobs(sd, scorer, plan.prompts[ask.target.name], word, plan.protocol, name=name)
 
 
-def make_all(jobs: Sequence[Mapping[str, Job]], scorer: Scorer, store: Store) -> None:
-    """Make and embed every picture that is not there yet."""
-    todo = {job.name: job for some in jobs for job in some.values() if store.load(job) is None}
-    log.info("%d sets of pictures are still to be made", len(todo))
-    progress = cli.Progress(sum(job.ticks for job in todo.values()), "sampling step")
-    try:
-        for job in todo.values():
-            job.embed(scorer, store, progress.step)
-    finally:
-        progress.close()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, learn, make pictures, judge them, and leave a report."""
     opts = options()
@@ -149,6 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = Path(recipe).stem + "-quick" * args.quick
     out = Path(args.out or f"runs/study/{name}")
     clip = choose_clip(args.clip, args.checkpoint)
+    processes = Processes.of_torchrun()
+    processes.join_to_wait()
+    args.device = processes.device(args.device)
     sd = cli.load_model(args)
     sd.check_weights()
     sd.schedule.timesteps(plan.protocol.steps)
@@ -165,18 +160,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.made_of = models(sd, scorer) | {f"photos of {t.name}": digest(t.images) for t in plan.targets}
     # Only now, with everything in order, is anything written or an old study cleared away.
     made = ("words", "learning", "pictures", "strips", "study.json", "report.html")
-    cli.prepare_out(out, args, "a study", "setups", made, MAY_DIFFER)
-    learn_all(learner, plan, args.words_at_once)
+    if processes.rank == 0:
+        cli.prepare_out(out, args, "a study", "setups", made, MAY_DIFFER)
+    processes.wait()
+    learn_all(learner, plan, args.words_at_once, processes)
     words = add_words(sd, learner, plan.asks)
     if args.compile:
         sd.compile()
     jobs = [jobs_of(sd, scorer, plan, a, words[a.variant][0] if a.variant else a.text) for a in plan.asks]
-    make_all(jobs, scorer, store)
-    outcomes = []
-    for target in plan.targets:
-        own = [(ask, job) for ask, job in zip(plan.asks, jobs, strict=True) if ask.target is target]
-        outcomes += score(sd, scorer, judge, store, plan, own, words)
-    write_results(args, out, store, plan, jobs, outcomes, clip, judge)
+    make_all([job for some in jobs for job in some.values()], scorer, store, processes)
+    if processes.rank == 0:
+        outcomes = []
+        for target in plan.targets:
+            own = [(ask, job) for ask, job in zip(plan.asks, jobs, strict=True) if ask.target is target]
+            outcomes += score(sd, scorer, judge, store, plan, own, words)
+        write_results(args, out, store, plan, jobs, outcomes, clip, judge)
+    processes.wait()
+    processes.leave()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minti.cli import Progress
+from minti.progress import Progress
 from minti.tokenizer import Tokenizer
 
 from . import bpe

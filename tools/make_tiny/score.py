@@ -20,6 +20,7 @@ from minti import cli
 from minti.concept import Concept
 from minti.config import InputError
 from minti.pipeline import StableDiffusion
+from minti.progress import Progress
 from minti.scoring import Scorer
 from tools.make_tiny import concepts
 from tools.make_tiny.captions import TOY_NAMES, Caption, caption
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None) -> None:
     )
 
     asked = prompts(args.prompts)
-    progress, images = cli.Progress(-(-len(asked) // 50), "batch"), []
+    progress, images = Progress(-(-len(asked) // 50), "batch"), []
     for start in range(0, len(asked), 50):
         part = asked[start : start + 50]
         seeds = range(start, start + len(part))  # no two pictures begin with the same noise

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minti.cli import Progress
 from minti.config import InputError
 from minti.files import write_atomically
+from minti.progress import Progress
 
 
 @dataclass

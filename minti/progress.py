@@ -1,0 +1,43 @@
+"""How far a long job is, and how long it will still take."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+
+
+class Progress:
+    """How far a long job is: a bar where tqdm is installed, otherwise a line every few seconds."""
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+        self.total, self.unit, self.done = total, unit, done
+        self._first = done
+        self._start = self._last = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit=unit, initial=done)
+
+    def step(self, note: str = "") -> None:
+        """One more unit of work is done."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(note)
+            self._bar.update()
+            return
+        now = time.monotonic()
+        if now - self._last >= self.EVERY or self.done == self.total:
+            rate = (self.done - self._first) / max(now - self._start, 1e-9)
+            left = int((self.total - self.done) / rate)
+            text = f"{self.done}/{self.total} {self.unit}s, {rate:.2f}/s, {left // 60}:{left % 60:02d} left"
+            print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
+            self._last = now
+
+    def close(self) -> None:
+        """Leave the terminal tidy, also after an interruption."""
+        if self._bar is not None:
+            self._bar.close()
