@@ -447,7 +447,7 @@ def test_two_processes_are_one(base: Path, done: Path, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("CLIP-I") == 1
-    ended = re.findall(r"(\d+)/(\d+) steps", run.stderr)
+    ended = re.findall(r"(\d+)/(\d+) sampling steps", run.stderr)
     assert [total for done, total in ended if done == total] in (["20", "16"], ["16", "20"])  # of 9 prompts
     assert (out / "evaluation.json").read_bytes() == (done / "evaluation.json").read_bytes()
 
