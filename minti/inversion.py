@@ -163,11 +163,12 @@ class Inversion:
         """The vectors of a word that prompts use at this step, (n, D) float32."""
         return self.rows[index][: self._joined()] if self.settings.progressive else self.rows[index]
 
-    def step(self, *, check: bool = True) -> Tensor:
+    def step(self, *, check: bool | None = None) -> Tensor:
         """One update. Returns the loss of each word, (words,) float32.
 
         Args:
-            check: whether to wait for the result and `check` it at once.
+            check: whether to wait for the result and `check` it at once; by default on the CPU only, since a
+                GPU that is waited for stands idle afterwards. Then it is for the caller to check, some time.
 
         Raises:
             Diverged: see `check`.
@@ -208,7 +209,7 @@ class Inversion:
         self._guard.count_step()
         self.step_count += 1
         self._use_vectors()
-        if check:
+        if check or (check is None and self.sd.device.type == "cpu"):
             self.check()
         return losses
 
@@ -336,4 +337,5 @@ def learn(
         loss = inversion.step()
         if on_step:
             on_step(i + 1, loss.item())
+    inversion.check()
     return inversion.concept(0)

@@ -108,8 +108,10 @@ class Learner:
         try:
             while inversion.step_count < group.settings.steps:
                 inversion.step()
-                self._keep(inversion, group)
-                if inversion.step_count % SAVE_EVERY == 0:
+                wanted = any(inversion.step_count in steps for steps in group.runs.values())
+                if wanted or inversion.step_count % SAVE_EVERY == 0:
+                    inversion.check()
+                    self._keep(inversion, group)
                     tensors = {key: value.contiguous() for key, value in inversion.state_dict().items()}
                     write_atomically(state, save(tensors))
                 tick()

@@ -46,8 +46,7 @@ class Training:
         return draw(i.words[0], i.settings, total, i.settings.batch_size, i.step_count)
 
     def step(self, samples: Samples | None = None) -> Tensor:
-        # A GPU is not made to wait for each result; the trainer looks at them some steps later.
-        return self.inversion.step(check=self.inversion.sd.device.type == "cpu")
+        return self.inversion.step()
 
     def rows(self) -> Tensor:
         return self.inversion.concept(0).vectors
