@@ -66,12 +66,18 @@ def load_parts(
     return Parts(tokenizer=words, schedule=Schedule(plan.schedule, device), **modules)
 
 
-def make_plan(path: str | Path, *, variant: str | None = None, ema: bool = False) -> Plan:
-    """Look at a checkpoint without reading its weights."""
+def check_exists(path: str | Path) -> Path:
+    """The path of a checkpoint. Raises InputError if there is nothing."""
     path = Path(path)
     if not path.exists():
         dangling = "is a link to something that is not there" if path.is_symlink() else "does not exist"
         raise InputError(f"{path}: {dangling}; give the path of a checkpoint folder or file")
+    return path
+
+
+def make_plan(path: str | Path, *, variant: str | None = None, ema: bool = False) -> Plan:
+    """Look at a checkpoint without reading its weights."""
+    path = check_exists(path)
     return plan_folder(path, variant) if path.is_dir() else plan_single_file(path, ema)
 
 

@@ -15,7 +15,7 @@ from .files import write_atomically
 from .pictures import Store, file_name, make_all
 from .processes import Processes
 from .results import plot, report, table, write_sheet
-from .subjects import Plan, plan_generation, plan_samples
+from .subjects import Plan, find_words, plan_generation, plan_samples
 from .verdict import Run
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         style = config.get("templates") == "style"
         base = {key: config[key] for key in OF_A_RUN if key in config}
         args = opts.parse(argv, required=[], base=base)
+    for argument in args.concept:
+        find_words(argument)
     if args.images is None:
         raise InputError("--images must be given: the photos that the word was learned from")
     processes = Processes.of_torchrun()

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from .checkpoint import check_exists
 from .clip import CLIPTextModel, CLIPVisionModel
 from .clip_files import Preprocess, load_clip
 from .config import InputError
@@ -82,7 +83,7 @@ def choose_clip(clip: str | None, checkpoint: str | None) -> str:
     """Which CLIP to judge by: the one given, or the checkpoint's own. Raises InputError if it has none."""
     if clip is not None:
         return clip
-    if checkpoint is not None and (Path(checkpoint) / "image_encoder").is_dir():
+    if checkpoint is not None and (check_exists(checkpoint) / "image_encoder").is_dir():
         return checkpoint
     raise InputError(
         f"--clip must be given, since {checkpoint or 'nothing else'} has no image encoder: OpenAI's "

@@ -673,6 +673,14 @@ def test_a_checkpoint_that_cannot_judge(base: Path, tmp_path: Path) -> None:
     assert result(tmp_path / "out")["model"]["clip"] == str(tmp_path / "clip")
 
 
+def test_what_is_not_there_is_named(base: Path, tmp_path: Path) -> None:
+    """And not what would have been asked for next."""
+    with pytest.raises(InputError, match="/none: does not exist"):
+        main([*arguments(base, tmp_path / "out"), *word(base), "--checkpoint", str(tmp_path / "none")])
+    with pytest.raises(InputError, match="no learned word in it; give the folder of a run, or a file"):
+        main(["--concept", str(tmp_path)])
+
+
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
 def test_other_folders_are_left_alone(overwrite: list[str], base: Path, tmp_path: Path) -> None:
     """In particular that of a training run, which has a config.yaml, too."""
