@@ -11,7 +11,8 @@ import torch
 from .clip import CLIPTextModel
 from .config import InputError, TextConfig
 from .diffusion import Schedule
-from .layouts import Plan, plan_folder, plan_single_file
+from .layouts import plan_folder, plan_single_file
+from .plan import Plan
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE

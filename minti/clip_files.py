@@ -22,7 +22,8 @@ from .checkpoint import find_tokenizer
 from .clip import CLIPTextModel, CLIPVisionModel
 from .config import InputError, TextConfig, VisionConfig, read_json
 from .keymap import IGNORED, OPENAI_LAYERS, Origin, find_origins, openai_image_blocks, openai_text_blocks
-from .layouts import Part, current_snapshot, explained, find_weights, folder_part
+from .layouts import current_snapshot, explained, find_weights, folder_part
+from .plan import Part
 from .tokenizer import PROMPT_LENGTH, Tokenizer
 from .torchscript import TorchScriptFile, is_torchscript
 from .weightfile import WeightFile

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention
+from .blocks import ResnetBlock, Upsample
 from .config import VAEConfig
-from .unet import ResnetBlock, Upsample
 
 EPS = 1e-6  # of every GroupNorm here; the UNet's residual blocks use another
 

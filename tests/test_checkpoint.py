@@ -23,7 +23,7 @@ from minti.checkpoint import make_plan, probe_prediction_type, trained_size
 from minti.clip import CLIPTextModel
 from minti.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from minti.diffusion import Schedule
-from minti.layouts import Part, Plan
+from minti.plan import Part, Plan
 from minti.tokenizer import Tokenizer
 from minti.unet import UNet
 from minti.vae import VAE

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
 from minti.attention import Attention
-from minti.unet import timestep_embedding
+from minti.blocks import timestep_embedding
 
 from . import compare, oracles
 from .compare import assert_parity

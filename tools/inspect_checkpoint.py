@@ -23,7 +23,7 @@ from minti import cli
 from minti.checkpoint import load_tokenizer, make_plan, probe_prediction_type
 from minti.concept import Concept
 from minti.config import InputError, read_json
-from minti.layouts import Part, Plan
+from minti.plan import Part, Plan
 from minti.weightfile import WeightFile
 
 # What a file seems to be, from a telling key: the first row that fits any key counts.
