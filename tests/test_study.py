@@ -348,8 +348,10 @@ def test_study_json_is_complete(done: Path) -> None:
     toy = [*NAMES[:6], "caption", *NAMES[6:], "image only"]  # it has two captions
     assert [o["name"] for o in found["outcomes"]] == [*toy, *NAMES, "image only"]
     word = found["outcomes"][0]
-    assert word["truth"].keys() == {"kept", "kept_edited", "followed"} and word["length"] > 0
+    assert word["truth"].keys() == {"kept", "kept_edited", "followed", "color"} and word["length"] > 0
     assert [p["prompt"] for p in word["prompts"]] == ["a photo of {}", *read_prompts(done)]
+    judged = [o["truth"]["color"] for o in found["outcomes"] if o["name"] == "1 vector" and o["truth"]]
+    assert found["means"][0]["truth"]["color"] == pytest.approx(sum(judged) / len(judged), abs=2e-6)
     for mean in found["means"]:
         same = [o for o in found["outcomes"] if o["name"] == mean["name"]]
         for score in ("clip_i", "clip_t", "clip_t_pairwise"):
@@ -609,7 +611,8 @@ def test_truth_by_hand() -> None:
         "{} and a cup": shown(2, 2, 2, 2),  # not for the probe
     }
     truth = judge.judge(pictures, {"color": "red"}, "a photo of {}")
-    expected = Truth(Score(0.5), Score(1.0), Score((0.25 + 0.5) / 2), ("{} on the grass", "a red {}"))
+    red = {"color": Score((0.5 + 1.0) / 2)}  # whatever was not asked to be red
+    expected = Truth(Score(0.5), Score(1.0), Score((0.25 + 0.5) / 2), ("{} on the grass", "a red {}"), red)
     assert truth == expected and truth.kept.margin > 0.2 > truth.kept_edited.margin == 0
     assert (
         judge.judge({"a photo of {}": [Image.new("RGB", (8, 8))]}, {"color": "red"}, "a photo of {}") is None

@@ -81,12 +81,14 @@ class Truth:
         kept_edited: the same in those of the other prompts.
         followed: facts that the other prompts ask for: the truth about CLIP-T.
         asked: the other prompts that ask for any.
+        facts: each fact of the concept by itself, in pictures of all prompts that leave it alone.
     """
 
     kept: Score | None
     kept_edited: Score | None
     followed: Score | None
     asked: Sequence[str] = ()
+    facts: Mapping[str, Score] = field(default_factory=dict)
 
 
 @dataclass
@@ -160,6 +162,7 @@ class Judge:
         """
         plain = self.asked(reconstruction) or {}
         kept, kept_edited, followed, telling = [], [], [], []
+        each: dict[str, list[Term]] = {}
         for template, images in pictures.items():
             asked = self.asked(template)
             readings = None if asked is None else self.read(images)
@@ -168,6 +171,8 @@ class Judge:
             # Told to be red, a thing in two colours may give up either.
             own = {f: v for f, v in facts.items() if not (f in ("color", "color2") and "color" in asked)}
             wanted = {f: v for f, v in asked.items() if plain.get(f) != v}
+            for fact, value in own.items():
+                each.setdefault(fact, []).append(_share({fact: value}, readings))
             if own:
                 (kept if template == reconstruction else kept_edited).append(_share(own, readings))
             if wanted and template != reconstruction:
@@ -176,7 +181,8 @@ class Judge:
         if not (kept or kept_edited or followed):
             return None
         scores = (bootstrap(shares, seed) if shares else None for shares in (kept, kept_edited, followed))
-        return Truth(*scores, tuple(telling))
+        by_fact = {fact: bootstrap(shares, seed) for fact, shares in each.items()}
+        return Truth(*scores, tuple(telling), by_fact)
 
 
 def _share(facts: Facts, readings: Sequence[Facts]) -> Term:

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..files import write_atomically
 from ..report import HEAD, STYLE, picture
+from ..results import SCORES
 from ..scatter import Point, scatter
-from .summary import TRUTHS, Outcome, disagreements, rank_correlation
+from .summary import Outcome, disagreements, rank_correlation
 
 WIDE = """
 body { max-width: 76rem; } .scroll { overflow-x: auto; } .scores td, .scores th { padding-right: .9rem; }
@@ -32,6 +33,7 @@ COLUMNS = (
     ("kept_edited", "the same, when edited"),
     ("followed", "edits done"),
 )
+FACT_NAMES = {"noun": "shape", "color": "main color", "color2": "second color"}
 TRUE_PAIRS = (
     ("clip_i", "kept", "CLIP-I", "of the concept's attributes are right"),
     ("clip_t_asked", "followed", "CLIP-T", "of what the prompts ask for is there"),
@@ -97,6 +99,8 @@ class Report:
                 continue
             text = f"{label} ranks the ways of asking for a concept like the truth, how many {meaning}, "
             parts.append(f"<p>{text}with a rank correlation of {rho:.2f} (1: the same order).</p>")
+            if truth == "kept":
+                parts.append(f"<p class=soft>{_EACH}</p>{self._each()}")
             pairs = disagreements(own, score, truth)
             for item in pairs:
                 a, b = item.liked, item.right
@@ -110,6 +114,10 @@ class Report:
             if not pairs:
                 parts.append("<p>No pair is out of order beyond chance, and by a tenth of the truth.</p>")
         return "".join(parts)
+
+    def _each(self) -> str:
+        facts = dict.fromkeys(fact for row in self.rows if row.truth for fact in row.truth.facts)
+        return table(self.rows, [(fact, FACT_NAMES.get(fact, fact)) for fact in facts])
 
     def _strip(self, concept: str, name: str, note: str) -> str:
         path = self.strips.get((concept, name, note))
@@ -164,6 +172,10 @@ _TRUTH = (
     "Its own errors show in the row “image only”: that is what it makes of the photos themselves."
 )
 _MISLEADS = "The classifier knows what is in the pictures; CLIP has an opinion. Image Only is left out here."
+_EACH = (
+    "Attributes are not alike: a caption may get all colours right and never the shape. Each by itself, in "
+    "pictures of all prompts that leave it alone; colours count only the right way round, main and second."
+)
 _PICTURES = "Not chosen: always the first seeds."
 
 
@@ -184,9 +196,9 @@ def plot(outcomes: Sequence[Outcome]) -> str:
     return f"<div class=plot>{svg}</div>" * bool(svg)
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """The scores of each outcome; columns without any are left out."""
-    columns = [(key, head) for key, head in COLUMNS if any(o.score(key) for o in outcomes)]
+def table(outcomes: Sequence[Outcome], columns: Sequence[tuple[str, str]] = COLUMNS) -> str:
+    """The scores of each outcome, (key, heading) of each column; columns without any are left out."""
+    columns = [(key, head) for key, head in columns if any(o.score(key) for o in outcomes)]
     lengths = any(o.length is not None for o in outcomes)
     heads = (
         "".join(f"<th scope=col>{head}</th>" for _, head in columns) + "<th scope=col>length</th>" * lengths
@@ -204,7 +216,7 @@ def _cell(outcome: Outcome, key: str) -> str:
     score = outcome.score(key)
     if score is None:
         return ""
-    percent = key in TRUTHS
+    percent = key not in SCORES
     value = f"{100 * score.value:.0f} %" if percent else f"{score.value:.3f}"
     margin = f"{100 * score.margin:.0f}" if percent else f"{score.margin:.3f}"
     return value + f" <small>± {margin}</small>" * bool(score.interval)

@@ -44,15 +44,17 @@ class Outcome:
         return self.evaluation.name
 
     def score(self, name: str) -> Score | None:
-        """One of SCORES or TRUTHS, or "clip_t_asked": CLIP-T of the prompts that `followed` is about."""
+        """One of SCORES or TRUTHS; a fact; or "clip_t_asked", CLIP-T of prompts that `followed` is about."""
         if name == "clip_t_asked":
             asked = self.truth.asked if self.truth else ()
             return mean_score([row.clip_t for row in self.evaluation.rows if row.prompt in asked])
+        if self.truth and name in self.truth.facts:
+            return self.truth.facts[name]
         return getattr(self.truth if name in TRUTHS else self.evaluation, name, None)
 
     def as_json(self) -> dict[str, Any]:
         about = {"concept": self.concept, "family": self.family, "note": self.note, "length": self.length}
-        truths = {name: self.score(name) for name in TRUTHS} if self.truth else None
+        truths = {name: self.score(name) for name in (*TRUTHS, *self.truth.facts)} if self.truth else None
         rounded = truths and {name: score and round(score.value, 6) for name, score in truths.items()}
         return about | as_json(self.evaluation) | {"truth": rounded}
 
@@ -67,7 +69,9 @@ def means(outcomes: Sequence[Outcome]) -> list[Outcome]:
         scores = {name: mean_score([o.score(name) for o in same]) for name in SCORES}
         evaluation = replace(same[0].evaluation, rows=(), **scores)
         truths = [mean_score([o.score(name) for o in same]) for name in TRUTHS]
-        truth = Truth(*truths) if any(truths) else None
+        known = dict.fromkeys(fact for o in same if o.truth for fact in o.truth.facts)
+        facts = {fact: mean_score([o.score(fact) for o in same]) for fact in known}
+        truth = Truth(*truths, facts=facts) if any(truths) else None
         lengths = [o.length for o in same if o.length is not None]
         length = sum(lengths) / len(lengths) if lengths else None
         result.append(Outcome("", same[0].family, evaluation, truth, _count(same), length))
