@@ -153,7 +153,7 @@ class Report:
 _PLOT = (
     "Every point is a mean over concepts. Up: closer to the photos; right: closer to the prompts. The "
     "bars span 95 % intervals for other pictures of the same words; they say nothing about other "
-    "concepts."
+    "concepts, nor about how the same word would come out if it were learned again."
 )
 _CLAIMS = (
     "A difference within the margin may be chance. “At least” and “at most” allow for 15 % of the distance "
