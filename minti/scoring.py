@@ -184,6 +184,20 @@ def mean_score(scores: Sequence[Score | None]) -> Score | None:
     return combine(lambda *values: sum(values) / len(values), known) if known else None
 
 
+def mean_of_words(scores: Sequence[Score], seed: int) -> Score:
+    """The mean of words that were learned alike; its draws draw the words anew as well, with replacement.
+
+    Args:
+        seed: of these draws. Equal seeds and numbers of words: the i-th ones are drawn together.
+    """
+    mean = mean_score(scores)
+    if len(scores) < 2 or any(score.draws is None for score in scores):
+        return mean
+    draws = torch.stack([score.draws for score in scores])  # (words, R)
+    drawn = torch.randint(len(draws), draws.shape, generator=torch.Generator().manual_seed(seed))
+    return Score(mean.value, draws.gather(0, drawn).mean(dim=0))
+
+
 Term = tuple[Callable[[Tensor], Tensor], int]
 
 

@@ -32,6 +32,7 @@ from minti.scoring import (
     combine,
     fingerprint,
     image_only,
+    mean_of_words,
     mean_score,
 )
 from minti.tokenizer import replace_words
@@ -577,6 +578,18 @@ def test_scores_of_the_same_noise_are_combined_draw_by_draw() -> None:
     assert shifted.value == pytest.approx(3.5) and shifted.margin == pytest.approx(a.margin, rel=1e-4)
     assert combine(operator.sub, [Score(3.0), Score(1.0)]) == Score(2.0)
     assert mean_score([a, None, b]).value == pytest.approx(0.55) and mean_score([None]) is None
+
+
+def test_words_learned_alike_are_drawn_anew() -> None:
+    """Of many words that are each known exactly, what is left is the textbook interval of their mean."""
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    words = [Score(value, torch.full((4000,), value, dtype=torch.float64)) for value in values.tolist()]
+    mean = mean_of_words(words, 0)
+    assert mean.value == pytest.approx(values.mean().item())
+    assert mean.margin == pytest.approx(1.96 * values.std(correction=0).item() / math.sqrt(100), rel=0.1)
+    assert mean_of_words(words[:1], 0) == words[0]
+    other = combine(operator.sub, [mean_of_words([combine(operator.neg, [w]) for w in words], 0), mean])
+    assert other.margin == pytest.approx(2 * mean.margin)  # the i-th words of both are drawn together
 
 
 # The prompt without the word ---

@@ -494,6 +494,26 @@ def test_two_processes_share_the_work(base: Path, done: Path, tmp_path: Path) ->
         assert one["clip_t"] == pytest.approx(two["clip_t"], abs=1e-3)  # threads may round differently
 
 
+def test_repeated_words(base: Path, tmp_path: Path) -> None:
+    """More of the same are learned, with other seeds; those that are there stay."""
+    out = tmp_path / "out"
+    argv = [write_recipe(base, tmp_path, setups={"1 vector": {}}, captions={}, claims=[]), "--out", str(out)]
+    study.main(argv)
+    before = snapshot(out)
+    study.main([*argv, "--repeats", "2"])
+    assert snapshot(out).items() > before.items()
+    assert len(list((out / "words").iterdir())) == 2 * 2
+    found = result(out)
+    words = [o for o in found["outcomes"] if o["name"] == "1 vector"]
+    assert [(o["concept"], o["note"]) for o in words] == [
+        (concept, note) for concept in ("toy", "cat") for note in ("seed 0", "seed 1000")
+    ]
+    mean = found["means"][0]
+    assert mean["note"] == "2 concepts, 4 words"
+    assert mean["clip_t"] == pytest.approx(sum(o["clip_t"] for o in words) / 4, abs=2e-6)
+    assert "1 vector<br><small>seed 1000</small>" in (out / "report.html").read_text()
+
+
 def test_another_study_is_refused(base: Path, done: Path, tmp_path: Path) -> None:
     changed = write_recipe(base, tmp_path, setups={"1 vector": {"lr": 0.1}}, claims=[])
     with pytest.raises(InputError, match=r"setups: 1 vector was \{\}, now it is \{'lr': 0.1\}"):

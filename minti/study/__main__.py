@@ -35,6 +35,7 @@ MAY_DIFFER = (
     "attention",
     "device",
     "compile",
+    "repeats",
     "sample_batch_size",
     "words_at_once",
     "title",
@@ -56,6 +57,8 @@ def options() -> cli.Options:
     opts.add(group, "--quick", False, help="few steps, pictures, prompts; one concept: minutes, not hours")
     text = "concepts: a set (final, development), or names with commas between"
     opts.add(group, "--choose", "final", metavar="SET|NAMES", help=text)
+    text = "learn every word so many times, with other seeds; intervals then count that, too"
+    opts.add(group, "--repeats", 1, type=at_least_1, metavar="N", help=text)
     opts.add(group, "--words-at-once", 8, type=at_least_1, metavar="N", help="words learned in one batch")
     group = "pictures to be scored"
     opts.add(group, "--num-images", 24, type=at_least_1, metavar="N", help="pictures of each prompt")

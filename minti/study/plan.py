@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import InputError
@@ -25,6 +25,8 @@ from .summary import check_claims
 RECIPE = ("title", "about", "concepts", "kinds", "prompts", "base", "setups", "captions", "claims")
 """What only a recipe can say; it may also give any flag of the command."""
 
+SEED_STEP = 1000  # between the seeds of repeated words: more than any recipe spreads seeds out
+
 # What --quick leaves: of the steps; and how many of the others, at most.
 QUICK_STEPS, QUICK_IMAGES, QUICK_SAMPLE_STEPS = 0.4, 8, 15
 QUICK_CONCEPTS, QUICK_PROMPTS_OF_A_GROUP, QUICK_CAPTIONS = 1, 2, 1
@@ -40,6 +42,7 @@ class Ask:
     kind: str  # as of `Evaluation`
     variant: Variant | None = None
     text: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -70,7 +73,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     names_of_rows = [*(setup.name for setup in setups), *captions, "image only", "prompt only"]
     if doubles := {name for name in names_of_rows if names_of_rows.count(name) > 1}:
         raise InputError(f"setups and captions: two of them are called {min(doubles)!r}")
-    asks = [ask for target in targets for ask in ask_for(target, setups, captions, args.quick)]
+    asks = [ask for target in targets for ask in ask_for(target, setups, captions, args.quick, args.repeats)]
     if len(asks) == len(targets):
         raise InputError("setups: should have entries like `high lr: {lr: 0.02}`; there is nothing to study")
     claims = args.claims or []
@@ -117,14 +120,20 @@ def some_prompts(prompts: PromptList, quick: bool) -> PromptList:
     return PromptList(few, prompts.reconstruction)
 
 
-def ask_for(target: Target, setups: Sequence[Setup], captions: Mapping[str, str], quick: bool) -> list[Ask]:
+def ask_for(
+    target: Target, setups: Sequence[Setup], captions: Mapping[str, str], quick: bool, repeats: int = 1
+) -> list[Ask]:
     """Every way of asking for a concept: learned words, captions, and nothing at all."""
-    scale = QUICK_STEPS if quick else 1.0
-    asks = [Ask(target, s.name, s.family, "word", make_variant(s, target, scale)) for s in setups]
+    asks = []
+    for setup in setups:
+        variant = make_variant(setup, target, QUICK_STEPS if quick else 1.0)
+        for seed in (variant.seed + SEED_STEP * i for i in range(repeats)):
+            note = f"seed {seed}" * (repeats > 1)
+            asks.append(Ask(target, setup.name, setup.family, "word", replace(variant, seed=seed), note=note))
     for name, kind in captions.items():
         texts = [target.init_word] if kind == "init_word" else target.captions.get(str(kind))
         if not texts:
             raise InputError(f"captions: {target.name} has none of the kind {kind!r}")
         texts = texts[:QUICK_CAPTIONS] if quick else texts
-        asks += [Ask(target, name, name, "caption", text=str(text)) for text in texts]
+        asks += [Ask(target, name, name, "caption", text=str(text), note=str(text)) for text in texts]
     return [*asks, Ask(target, "prompt only", "prompt only", "prompt only")]

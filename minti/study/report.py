@@ -104,10 +104,10 @@ class Report:
             pairs = disagreements(own, score, truth)
             for item in pairs:
                 a, b = item.liked, item.right
+                liked, right = (f"“{_called(o)}” ({o.score(score).value:.3f})" for o in (a, b))
                 text = (
-                    f"{a.concept}: {label} puts “{a.name}” ({a.score(score).value:.3f}) above “{b.name}” "
-                    f"({b.score(score).value:.3f}), but {100 * a.score(truth).value:.0f} % {meaning}, "
-                    f"and {100 * b.score(truth).value:.0f} % with the other."
+                    f"{a.concept}: {label} puts {liked} above {right}, but {100 * a.score(truth).value:.0f} % "
+                    f"{meaning}, and {100 * b.score(truth).value:.0f} % with the other."
                 )
                 strips = [self._strip(o.concept, o.name, o.note) for o in (a, b)]
                 parts.append(f"<p class=warn>{escape(text)}</p>{''.join(strips)}")
@@ -152,8 +152,8 @@ class Report:
 
 _PLOT = (
     "Every point is a mean over concepts. Up: closer to the photos; right: closer to the prompts. The "
-    "bars span 95 % intervals for other pictures of the same words; they say nothing about other "
-    "concepts, nor about how the same word would come out if it were learned again."
+    "bars span 95 % intervals for other pictures, and with --repeats for words learned anew; otherwise the "
+    "same word, learned again, may well lie outside. They say nothing about other concepts."
 )
 _CLAIMS = (
     "A difference within the margin may be chance. “At least” and “at most” allow for 15 % of the distance "
@@ -220,6 +220,11 @@ def _cell(outcome: Outcome, key: str) -> str:
     value = f"{100 * score.value:.0f} %" if percent else f"{score.value:.3f}"
     margin = f"{100 * score.margin:.0f}" if percent else f"{score.margin:.3f}"
     return value + f" <small>± {margin}</small>" * bool(score.interval)
+
+
+def _called(outcome: Outcome) -> str:
+    word = outcome.evaluation.kind == "word" and outcome.note
+    return f"{outcome.name}, {outcome.note}" if word else outcome.name
 
 
 def _small(note: str) -> str:

@@ -63,13 +63,13 @@ def score(
     typical = sd.vocabulary.float().norm(dim=1).mean().item()
     outcomes = []
     for (ask, jobs), evaluation in zip(asked, evaluations, strict=False):  # the last one is Image Only
-        note, length, diverged = ask.text, None, False
+        note, length, diverged = ask.note, None, False
         if ask.variant:
             concept = words[ask.variant][1]
             length = concept.vectors.norm(dim=1).mean().item() / typical
             last = int(concept.metadata["step"])
             diverged = last < ask.variant.settings.steps
-            note = f"diverged after step {last}" * diverged
+            note = ", ".join(filter(None, [note, f"diverged after step {last}" * diverged]))
         pictures = {template: store.pictures(job) for template, job in jobs.items()}
         outcomes.append(Outcome(target.name, ask.family, evaluation, truth(pictures), note, length, diverged))
     shown = truth(dict.fromkeys(benchmark.prompts.templates, photos))

@@ -12,7 +12,7 @@ import numpy as np
 from ..config import InputError
 from ..evaluation import Evaluation
 from ..results import SCORES, as_json
-from ..scoring import Score, combine, mean_score
+from ..scoring import Score, combine, mean_of_words, mean_score
 from .probe import Truth
 
 TRUTHS = ("kept", "kept_edited", "followed")
@@ -60,17 +60,17 @@ class Outcome:
 
 
 def means(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """For each name the mean over concepts and captions."""
+    """For each name the mean over concepts, and over the captions or repeated words of each."""
     names: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         names.setdefault(outcome.name, []).append(outcome)
     result = []
     for same in names.values():
-        scores = {name: mean_score([o.score(name) for o in same]) for name in SCORES}
+        scores = {name: _mean(same, name) for name in SCORES}
         evaluation = replace(same[0].evaluation, rows=(), **scores)
-        truths = [mean_score([o.score(name) for o in same]) for name in TRUTHS]
+        truths = [_mean(same, name) for name in TRUTHS]
         known = dict.fromkeys(fact for o in same if o.truth for fact in o.truth.facts)
-        facts = {fact: mean_score([o.score(fact) for o in same]) for fact in known}
+        facts = {fact: _mean(same, fact) for fact in known}
         truth = Truth(*truths, facts=facts) if any(truths) else None
         lengths = [o.length for o in same if o.length is not None]
         length = sum(lengths) / len(lengths) if lengths else None
@@ -78,10 +78,20 @@ def means(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return result
 
 
+def _mean(same: Sequence[Outcome], name: str) -> Score | None:
+    concepts: dict[str, list[Score]] = {}
+    for outcome in same:
+        if score := outcome.score(name):
+            concepts.setdefault(outcome.concept, []).append(score)
+    if same[0].evaluation.kind != "word":
+        return mean_score([score for scores in concepts.values() for score in scores])
+    return mean_score([mean_of_words(scores, i) for i, scores in enumerate(concepts.values())])
+
+
 def _count(same: Sequence[Outcome]) -> str:
     concepts, diverged = len({o.concept for o in same}), sum(o.diverged for o in same)
     text = f"{concepts} concept{'s' * (concepts > 1)}"
-    text += f", {len(same)} captions" * (len(same) != concepts)
+    text += f", {len(same)} {same[0].evaluation.kind}s" * (len(same) != concepts)
     return text + f", {diverged} diverged" * bool(diverged)
 
 
