@@ -106,8 +106,8 @@ class Report:
                 a, b = item.liked, item.right
                 liked, right = (f"“{_called(o)}” ({o.score(score).value:.3f})" for o in (a, b))
                 text = (
-                    f"{a.concept}: {label} puts {liked} above {right}, but {100 * a.score(truth).value:.0f} % "
-                    f"{meaning}, and {100 * b.score(truth).value:.0f} % with the other."
+                    f"{a.concept}: {label} puts {liked} above {right}, but "
+                    f"{100 * a.score(truth).value:.0f} % {meaning}, and {100 * b.score(truth).value:.0f} % with the other."
                 )
                 strips = [self._strip(o.concept, o.name, o.note) for o in (a, b)]
                 parts.append(f"<p class=warn>{escape(text)}</p>{''.join(strips)}")
