@@ -105,10 +105,9 @@ class Report:
             for item in pairs:
                 a, b = item.liked, item.right
                 liked, right = (f"“{_called(o)}” ({o.score(score).value:.3f})" for o in (a, b))
-                text = (
-                    f"{a.concept}: {label} puts {liked} above {right}, but "
-                    f"{100 * a.score(truth).value:.0f} % {meaning}, and {100 * b.score(truth).value:.0f} % with the other."
-                )
+                shares = [f"{100 * o.score(truth).value:.0f} %" for o in (a, b)]
+                text = f"{a.concept}: {label} puts {liked} above {right}, but "
+                text += f"{shares[0]} {meaning}, and {shares[1]} with the other."
                 strips = [self._strip(o.concept, o.name, o.note) for o in (a, b)]
                 parts.append(f"<p class=warn>{escape(text)}</p>{''.join(strips)}")
             if not pairs:
