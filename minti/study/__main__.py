@@ -98,9 +98,13 @@ def digest(images: Path) -> str:
 
 def learn_all(learner: Learner, plan: Plan, together: int, processes: Processes) -> None:
     """Learn every word that is not there yet; every process takes its share of the batches."""
-    variants = [ask.variant for ask in plan.asks if ask.variant]
-    share = -(-len({variant.run for variant in variants}) // processes.world)  # so that nobody is left idle
-    groups = group_words(variants, min(together, share))
+    groups = []
+    for repeat in sorted(
+        {ask.repeat for ask in plan.asks}
+    ):  # so that more repeats leave batches as they were
+        variants = [ask.variant for ask in plan.asks if ask.variant and ask.repeat == repeat]
+        share = -(-len({variant.run for variant in variants}) // processes.world)  # nobody is left idle
+        groups += group_words(variants, min(together, share))
     todo = [group for group in groups if not learner.is_done(group)]
     words = sum(len(group.runs) for group in groups)
     log.info("%d words in %d batches, %d of which are still to be learned", words, len(groups), len(todo))

@@ -43,6 +43,7 @@ class Ask:
     variant: Variant | None = None
     text: str = ""
     note: str = ""
+    repeat: int = 0  # which one of words learned repeatedly
 
 
 @dataclass
@@ -127,9 +128,10 @@ def ask_for(
     asks = []
     for setup in setups:
         variant = make_variant(setup, target, QUICK_STEPS if quick else 1.0)
-        for seed in (variant.seed + SEED_STEP * i for i in range(repeats)):
-            note = f"seed {seed}" * (repeats > 1)
-            asks.append(Ask(target, setup.name, setup.family, "word", replace(variant, seed=seed), note=note))
+        for i in range(repeats):
+            word = replace(variant, seed=variant.seed + SEED_STEP * i)
+            note = f"seed {word.seed}" * (repeats > 1)
+            asks.append(Ask(target, setup.name, setup.family, "word", word, note=note, repeat=i))
     for name, kind in captions.items():
         texts = [target.init_word] if kind == "init_word" else target.captions.get(str(kind))
         if not texts:
