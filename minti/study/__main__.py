@@ -99,9 +99,8 @@ def digest(images: Path) -> str:
 def learn_all(learner: Learner, plan: Plan, together: int, processes: Processes) -> None:
     """Learn every word that is not there yet; every process takes its share of the batches."""
     groups = []
-    for repeat in sorted(
-        {ask.repeat for ask in plan.asks}
-    ):  # so that more repeats leave batches as they were
+    # By repeats, so that more of them leave the batches of the others as they were.
+    for repeat in sorted({ask.repeat for ask in plan.asks}):
         variants = [ask.variant for ask in plan.asks if ask.variant and ask.repeat == repeat]
         share = -(-len({variant.run for variant in variants}) // processes.world)  # nobody is left idle
         groups += group_words(variants, min(together, share))
