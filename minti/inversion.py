@@ -4,7 +4,7 @@
 
 The rows v of a placeholder word are the only parameters. Because nothing else changes, one batch may serve
 several words that know nothing of each other: each has its own samples, its own loss and its own rows, and
-comes out as if it had been learned alone.
+learns as if it were alone, but for rounding.
 """
 
 from __future__ import annotations
