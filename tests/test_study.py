@@ -504,6 +504,7 @@ def test_repeated_words(base: Path, tmp_path: Path) -> None:
     assert snapshot(out).items() > before.items()
     assert len(list((out / "words").iterdir())) == 2 * 2
     found = result(out)
+    assert found["settings"]["repeats"] == 2
     words = [o for o in found["outcomes"] if o["name"] == "1 vector"]
     assert [(o["concept"], o["note"]) for o in words] == [
         (concept, note) for concept in ("toy", "cat") for note in ("seed 0", "seed 1000")

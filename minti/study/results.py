@@ -95,6 +95,7 @@ def write_results(
     settings = {
         "recipe": args.recipe,
         "quick": args.quick,
+        "repeats": args.repeats,
         "checkpoint": str(args.checkpoint),
         "clip": str(clip),
         "minti": __version__,
