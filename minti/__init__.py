@@ -1,9 +1,10 @@
 """minti: Textual Inversion with Stable Diffusion, from scratch, in a few readable files."""
 
-from .concept import Concept
-from .config import InputError
-from .inversion import learn
-from .pipeline import StableDiffusion, load
+from .errors import InputError
+from .formats.checkpoint import load
+from .formats.concept import Concept
+from .inversion.learn import learn
+from .model.stable_diffusion import StableDiffusion
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["Concept", "InputError", "StableDiffusion", "__version__", "learn", "load"]

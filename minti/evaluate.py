@@ -7,28 +7,31 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cli
-from .config import InputError
-from .data import load_photos
-from .evaluation import Benchmark, Evaluation, best, with_tradeoffs
-from .files import write_atomically
-from .pictures import Store, file_name, make_all
-from .processes import Processes
-from .results import plot, report, table, write_sheet
-from .subjects import Plan, find_words, plan_generation, plan_samples
-from .verdict import Run
+from .cli.command import run_command
+from .cli.options import Options, number, size
+from .cli.processes import Processes
+from .cli.work_folder import prepare_out
+from .errors import InputError
+from .formats.atomic import write_atomically
+from .formats.photos import load_photos
+from .judge.benchmark import Benchmark, Evaluation, best, with_tradeoffs
+from .judge.evaluation_plan import Plan, find_words, plan_generation, plan_samples
+from .judge.picture_jobs import Store, file_name, make_all
+from .judge.results import plot, report, table, write_sheet
+from .runs.verdict import Run
 
 log = logging.getLogger(__name__)
+
 
 # Between a run and its continuation.
 MAY_DIFFER = ("out", "overwrite", "device", "batch_size", "compile", "attention")
 OF_A_RUN = ("checkpoint", "images", "tokenizer", "variant", "ema", "prediction_type", "size")
 
 
-def options() -> cli.Options:
+def options() -> Options:
     """The command line."""
-    opts = cli.Options("minti.evaluate", "Score a learned word: how like its photos, how editable.")
-    at_least_1 = cli.number(int, 1)
+    opts = Options("minti.evaluate", "Score a learned word: how like its photos, how editable.")
+    at_least_1 = number(int, 1)
     group = "what to score"
     text = "a learned word, or the folder of a training run: every saved step; repeatable"
     opts.add(group, "--concept", [], metavar="FILE|RUN", help=text)
@@ -47,10 +50,10 @@ def options() -> cli.Options:
     group = "how"
     opts.add(group, "--num-images", 64, type=at_least_1, metavar="N", help="pictures of each prompt")
     opts.add(group, "--steps", 50, type=at_least_1, help="DDIM steps")
-    opts.add(group, "--guidance-scale", 5.0, type=cli.number(float, 0), help="how closely to follow prompts")
-    opts.add(group, "--eta", 0.0, type=cli.number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
-    opts.add(group, "--seed", 0, type=cli.number(int, 0, 2**62), help="seed of each prompt's first picture")
-    opts.add(group, "--size", type=cli.size, metavar="PX|WxH", help="in pixels; by default the model's own")
+    opts.add(group, "--guidance-scale", 5.0, type=number(float, 0), help="how closely to follow prompts")
+    opts.add(group, "--eta", 0.0, type=number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
+    opts.add(group, "--seed", 0, type=number(int, 0, 2**62), help="seed of each prompt's first picture")
+    opts.add(group, "--size", type=size, metavar="PX|WxH", help="in pixels; by default the model's own")
     opts.add(group, "--batch-size", 8, type=at_least_1, help="pictures at a time")
     opts.add_judge("the judge")
     opts.add_model()
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = choose_out(args)
     if processes.rank == 0:
         made = ("pictures", "grids", "evaluation.json", "plot.svg")
-        cli.prepare_out(out, args, "an evaluation", "references", made, MAY_DIFFER)
+        prepare_out(out, args, "an evaluation", "references", made, MAY_DIFFER)
     store = Store(out / "pictures")
     processes.wait()
     make_all([job for jobs in plan.jobs.values() for job in jobs.values()], plan.scorer, store, processes)
@@ -125,4 +128,4 @@ def write_results(out: Path, plan: Plan, store: Store, evaluations: Sequence[Eva
 
 
 if __name__ == "__main__":
-    cli.run("minti.evaluate", main)
+    run_command("minti.evaluate", main)

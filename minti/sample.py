@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import re
@@ -13,24 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from . import __version__, cli
-from .concept import Concept
-from .config import InputError
-from .files import write_atomically
-from .pipeline import StableDiffusion, image_grid
-from .progress import Progress
-from .scoring import Scorer, choose_clip
-from .tokenizer import replace_words
+from .cli.command import run_command
+from .cli.images import encode_png, image_grid
+from .cli.model_options import load_model
+from .cli.options import Options, number, size
+from .cli.progress import Progress
+from .cli.work_folder import to_yaml
+from .errors import InputError
+from .formats.atomic import write_atomically
+from .formats.concept import Concept
+from .judge.scorer import Scorer, choose_clip
+from .model.stable_diffusion import StableDiffusion
+from .model.tokenizer import replace_words
+from .version import __version__
 
 log = logging.getLogger(__name__)
 
 
-def options() -> cli.Options:
+def options() -> Options:
     """The command line."""
-    opts = cli.Options("minti.sample", "Make pictures with a Stable Diffusion checkpoint and learned words.")
-    at_least_1 = cli.number(int, 1)
+    opts = Options("minti.sample", "Make pictures with a Stable Diffusion checkpoint and learned words.")
+    at_least_1 = number(int, 1)
     group = "what to make"
     opts.add(group, "--prompt", [], metavar="TEXT", help="what to show; give it again for more prompts")
     opts.add(group, "--negative-prompt", "", metavar="TEXT", help="what to steer away from")
@@ -46,20 +49,16 @@ def options() -> cli.Options:
         group,
         "--seed",
         0,
-        type=cli.number(int, 0, 2**63 - 1),
+        type=number(int, 0, 2**63 - 1),
         help="seed of the first; the next has seed + 1",
     )
-    opts.add(
-        group, "--size", type=cli.size, metavar="PX|WxH", help="size in pixels; by default the model's own"
-    )
+    opts.add(group, "--size", type=size, metavar="PX|WxH", help="size in pixels; by default the model's own")
     opts.add(group, "--out", metavar="DIR", help="folder for the pictures")
     opts.add(group, "--overwrite", False, help="replace pictures of the same name")
     group = "how"
     opts.add(group, "--steps", 50, type=at_least_1, help="DDIM steps")
-    opts.add(
-        group, "--guidance-scale", 7.5, type=cli.number(float, 0), help="how closely to follow the prompt"
-    )
-    opts.add(group, "--eta", 0.0, type=cli.number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
+    opts.add(group, "--guidance-scale", 7.5, type=number(float, 0), help="how closely to follow the prompt")
+    opts.add(group, "--eta", 0.0, type=number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
     opts.add(group, "--batch-size", 4, type=at_least_1, help="pictures at a time")
     group = "choosing"
     text = "make K candidates for every picture, and keep the one that CLIP finds closest to the prompt"
@@ -105,7 +104,7 @@ def load_with_concepts(args: argparse.Namespace) -> tuple[StableDiffusion, dict[
                     f"{file}: {concept.placeholder!r} is learned twice; rename one: --concept '<new>={file}'"
                 )
             concepts[concept.placeholder] = concept
-    sd = cli.load_model(args)
+    sd = load_model(args)
     for concept in concepts.values():
         sd.add_concept(concept)
     return sd, concepts
@@ -130,15 +129,6 @@ def choose(
     images = scorer.embed_images([image for _, image in candidates])  # (K, P)
     cosines = images @ scorer.embed_texts([text])[0]
     return *candidates[int(cosines.argmax())], cosines.max().item()
-
-
-def encode_png(image: Image.Image, text: dict[str, str]) -> bytes:
-    """A picture as the bytes of a PNG file that carries `text` along."""
-    info, buffer = PngInfo(), io.BytesIO()
-    for key, value in text.items():
-        info.add_itxt(key, value)
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -193,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 text |= {"prompt": job.prompt, "seed": str(job.seed), "settings": json.dumps(settings)}
                 text |= {"concepts": json.dumps(learned), "software": f"minti {__version__}"}
                 if not images:  # and nothing is written unless there is a picture
-                    write_atomically(out / "config.yaml", cli.to_yaml(args))
+                    write_atomically(out / "config.yaml", to_yaml(args))
                 write_atomically(job.path, encode_png(image, text))
                 images.append(image)
     finally:
@@ -204,4 +194,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("minti.sample", main)
+    run_command("minti.sample", main)

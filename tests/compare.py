@@ -10,10 +10,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from minti import StableDiffusion, clip
-from minti.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
-from minti.unet import UNet
-from minti.vae import VAE
+from minti import StableDiffusion
+from minti.model import clip
+from minti.model.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
+from minti.model.unet import UNet
+from minti.model.vae import VAE
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """What minti makes of an input, and what the reference makes of it: {name: (ours, the reference's)}."""

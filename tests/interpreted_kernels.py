@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import InterpreterBuilder
 
-from minti import kernels
-from minti.attention import Attention, attention
-from minti.kernels import launch
-from minti.kernels.launch import flash_attention
+from minti.model import kernels
+from minti.model.attention import Attention, attention
+from minti.model.kernels import launch
+from minti.model.kernels.launch import flash_attention
 
 from .test_kernels import assert_same, inputs, reference, with_gradients
 

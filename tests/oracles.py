@@ -21,8 +21,8 @@ from transformers import (
 )
 
 import minti
-from minti import keymap
-from minti.tokenizer import byte_symbols
+from minti.formats import keymap
+from minti.model.tokenizer import byte_symbols
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Public key manifests, configs and vocabulary: at hand where minti is developed, not part of the project."""

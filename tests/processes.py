@@ -77,7 +77,8 @@ def _serve() -> None:
 
 
 def _run(argv: list[str], stderr: str, crash: int) -> None:
-    from minti import cli, train
+    from minti import train
+    from minti.cli.command import run_command
 
     handle = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 2)
@@ -96,7 +97,7 @@ def _run(argv: list[str], stderr: str, crash: int) -> None:
     os.replace = crashing
     train.training_memory = lambda *_: (0, 0)  # would take longer than the whole run
     try:
-        cli.run("minti.train", train.main)
+        run_command("minti.train", train.main)
     except SystemExit as error:
         sys.stderr.flush()
         os._exit(error.code)

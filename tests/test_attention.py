@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention as Reference
 
-from minti.attention import Attention, attention, merge_heads, split_heads
+from minti.model.attention import Attention, attention, merge_heads, split_heads
 
 from .compare import assert_parity
 

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import minti
-from minti import Concept, cli, sample
+from minti import Concept, sample
+from minti.cli.command import run_command
 
 from .oracles import save_folder, single_file, write_tokenizer
 
@@ -66,7 +67,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         argv = arguments(checkpoint, out, *more)
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            cli.run("minti.sample", lambda _: sample.main(argv))
+            run_command("minti.sample", lambda _: sample.main(argv))
         assert caught.value.code == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert len(lines) == 1
@@ -310,8 +311,8 @@ def test_no_tensor_of_a_single_file_can_be_spoiled_unnoticed(
     weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each left out, flattened, or of another size in turn: always a clear refusal, and never a traceback."""
-    from minti.layouts import plan_single_file
-    from minti.weightfile import WeightFile
+    from minti.formats.single_file import plan_single_file
+    from minti.formats.weightfile import WeightFile
 
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
 
@@ -538,7 +539,7 @@ def test_output_below_a_file(refused: Callable, original: Path, tmp_path: Path) 
     (tmp_path / "a-file").write_text("mine")
     for out in (tmp_path / "a-file", tmp_path / "a-file" / "out"):
         with pytest.raises(SystemExit) as caught:
-            cli.run("minti.sample", lambda _, out=out: sample.main(arguments(original, out)))
+            run_command("minti.sample", lambda _, out=out: sample.main(arguments(original, out)))
         assert caught.value.code == 2
     assert (tmp_path / "a-file").read_text() == "mine"
 
@@ -565,7 +566,7 @@ def test_a_full_disk_leaves_whole_files_only(
     monkeypatch.setattr(os, call, filling_up)
     with pytest.raises(SystemExit) as caught:
         argv = arguments(original, out, "--num-images", "2", "--batch-size", "1")
-        cli.run("minti.sample", lambda _: sample.main(argv))
+        run_command("minti.sample", lambda _: sample.main(argv))
     assert caught.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert "No space left on device; free some space" in line
@@ -590,5 +591,5 @@ def test_what_was_there_survives_a_full_disk(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit):
-        cli.run("m", lambda _: sample.main(arguments(original, out, "--overwrite", "--seed", "0")))
+        run_command("m", lambda _: sample.main(arguments(original, out, "--overwrite", "--seed", "0")))
     assert {path: path.read_bytes() for path in out.iterdir()} == before

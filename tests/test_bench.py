@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minti import kernels
-from minti.config import InputError, TextConfig, UNetConfig, VAEConfig
-from minti.tokenizer import Tokenizer
+from minti.errors import InputError
+from minti.formats.vocabulary import read_tokenizer
+from minti.model import kernels
+from minti.model.config import TextConfig, UNetConfig, VAEConfig
 from tools.bench import main
 from tools.benchmark import floor, ours, parts, theirs
 from tools.benchmark.jobs import Job
@@ -170,7 +171,7 @@ def test_attention_of_sd15():
 def test_attention_table(monkeypatch):
     """All but the kernel itself, which `timings` runs on a GPU."""
     pytest.importorskip("triton")
-    monkeypatch.setattr("minti.kernels.launch.supports", lambda q, k, v: q.shape[3] != 40)
+    monkeypatch.setattr("minti.model.kernels.launch.supports", lambda q, k, v: q.shape[3] != 40)
     monkeypatch.setattr(kernels, "timings", lambda *case: {"sdpa": 3.0, "triton": 2.0})
     job = replace(SD15, dtype="bfloat16", size=64)
     bench = SimpleNamespace(args=SimpleNamespace(device="cuda"), jobs=lambda: [job])
@@ -207,7 +208,7 @@ def test_sd15_is_what_minti_takes_for_it(tmp_path):
         assert build("sd-1.5", "vae").config == VAEConfig()
         assert build("sd-1.5", "text_encoder").config == TextConfig()
     write_tokenizer("sd-1.5", tmp_path)
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = read_tokenizer(tmp_path)
     assert len(tokenizer) == 49408
     assert len(tokenizer.encode("toy")) == 1
 

@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import minti
-from minti.checkpoint import make_plan, probe_prediction_type, trained_size
-from minti.clip import CLIPTextModel
-from minti.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from minti.diffusion import Schedule
-from minti.plan import Part, Plan
-from minti.tokenizer import Tokenizer
-from minti.unet import UNet
-from minti.vae import VAE
+from minti.formats.checkpoint import make_plan, probe_prediction_type, trained_size
+from minti.formats.load_plan import Part, Plan
+from minti.formats.vocabulary import read_tokenizer
+from minti.model.clip import CLIPTextModel
+from minti.model.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minti.model.diffusion import Schedule
+from minti.model.unet import UNet
+from minti.model.vae import VAE
 
 from .oracles import pipeline, randomise, save_folder, shared, single_file, write_tokenizer
 
@@ -396,7 +396,7 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_sizes_are_inferred_from_the_shapes(name: str, hidden_act: str, tmp_path: Path) -> None:
     unet, vae = ODD[name]
-    words = Tokenizer.load(
+    words = read_tokenizer(
         write_tokenizer(tmp_path / "tokenizer"), pad="!" if hidden_act == "gelu" else "<|endoftext|>"
     )
     text = TextConfig(

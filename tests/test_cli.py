@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from minti import cli
-from minti.config import InputError
-from minti.progress import Progress
+from minti.cli.command import run_command
+from minti.cli.options import Options, number, size
+from minti.cli.progress import Progress
+from minti.errors import InputError
 
 
-def options() -> cli.Options:
-    opts = cli.Options("minti.test", "A command for tests.")
-    opts.add("a", "--steps", 50, type=cli.number(int, 1), help="how many")
-    opts.add("a", "--guidance-scale", 7.5, type=cli.number(float, 0, 100), help="how much")
-    opts.add("a", "--size", type=cli.size, help="how large")
+def options() -> Options:
+    opts = Options("minti.test", "A command for tests.")
+    opts.add("a", "--steps", 50, type=number(int, 1), help="how many")
+    opts.add("a", "--guidance-scale", 7.5, type=number(float, 0, 100), help="how much")
+    opts.add("a", "--size", type=size, help="how large")
     opts.add("b", "--prompt", [], help="what")
     opts.add("b", "--negative-prompt", "", help="what not")
     opts.add("b", "--overwrite", False, help="replace")
@@ -202,7 +203,7 @@ def exit_code(error: BaseException | None, capsys: pytest.CaptureFixture) -> tup
             raise error
 
     with pytest.raises(SystemExit) as caught:
-        cli.run("minti.test", main)
+        run_command("minti.test", main)
     return caught.value.code, capsys.readouterr().err
 
 
@@ -245,7 +246,7 @@ def test_mistakes_in_the_program_are_not_dressed_up() -> None:
         raise AssertionError("a bug")
 
     with pytest.raises(AssertionError):
-        cli.run("minti.test", main)
+        run_command("minti.test", main)
 
 
 # Progress ---

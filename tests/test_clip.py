@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from minti.concept import PlaceholderEmbedding
+from minti.model.embedding import PlaceholderEmbedding
 
 from . import compare, oracles
 from .compare import assert_parity

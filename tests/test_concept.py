@@ -14,7 +14,7 @@ from torch import nn
 
 import minti
 from minti import Concept, InputError
-from minti.concept import PlaceholderEmbedding
+from minti.model.embedding import PlaceholderEmbedding
 
 from .oracles import pipeline, save_folder
 

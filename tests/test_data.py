@@ -14,8 +14,10 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
 import minti
-from minti.config import InputError
-from minti.data import CROPS, Photo, View, contact_sheet, encode_views, load_photos, make_views, open_image
+from minti.errors import InputError
+from minti.formats.photos import Photo, load_photos, open_image
+from minti.inversion.views import CROPS, View, encode_views, make_views
+from minti.runs.words import contact_sheet
 
 from .oracles import pipeline, save_folder, shared
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from minti.config import InputError, ScheduleConfig
-from minti.diffusion import Schedule
+from minti.errors import InputError
+from minti.model.config import ScheduleConfig
+from minti.model.diffusion import Schedule
 
 from . import oracles
 from .compare import assert_parity

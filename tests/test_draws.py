@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from minti.config import InputError
-from minti.data import Latents
-from minti.draws import Samples, Settings, Word, draw, generator, photo_word
+from minti.errors import InputError
+from minti.inversion.batches import Samples, Settings, Word, draw, generator, photo_word
+from minti.inversion.views import Latents
 
 T = 1000
 

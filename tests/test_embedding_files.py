@@ -24,8 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minti
-from minti import Concept, InputError, concept_cli, embedding_files
-from minti.concept import save_concepts
+from minti import Concept, InputError
+from minti import concept as concept_cli
+from minti.formats import embedding_files
+from minti.formats.concept import save_concepts
 
 from . import oracles
 

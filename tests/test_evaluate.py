@@ -22,15 +22,26 @@ from PIL import Image
 from torch import Tensor
 
 import minti
-from minti import Concept, InputError, pictures
-from minti.data import load_photos
+from minti import Concept, InputError
+from minti.cli.images import thumbnails
+from minti.cli.svg import Point, scatter
 from minti.evaluate import main
-from minti.evaluation import Benchmark, Evaluation, best, evaluate_word, tradeoff, with_tradeoffs, word_jobs
-from minti.pictures import Protocol, Store, file_name, thumbnails
-from minti.results import as_json
-from minti.scatter import Point, scatter
-from minti.scoring import Score, Scorer
-from minti.templates import PROMPTS, PromptList, fill, load_prompts
+from minti.formats.photos import load_photos
+from minti.judge import picture_jobs as pictures
+from minti.judge.benchmark import (
+    Benchmark,
+    Evaluation,
+    best,
+    evaluate_word,
+    tradeoff,
+    with_tradeoffs,
+    word_jobs,
+)
+from minti.judge.picture_jobs import Protocol, Store, file_name
+from minti.judge.prompts import PROMPTS, PromptList, fill, load_prompts
+from minti.judge.results import as_json
+from minti.judge.scorer import Scorer
+from minti.judge.scores import Score
 
 from .oracles import add_image_encoder, save_clip, save_folder
 
@@ -556,7 +567,7 @@ def test_shipped_prompts(name: str) -> None:
 
 def test_every_shipped_list_is_tested_and_packaged() -> None:
     assert {p.stem for p in PROMPTS.iterdir()} == set(LISTS)
-    assert '"minti.prompts" = ["*.txt"]' in (ROOT / "pyproject.toml").read_text()
+    assert '"minti.judge" = ["prompt_lists/*.txt"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_small_world_knows_every_word_of_its_lists() -> None:
@@ -597,7 +608,9 @@ def test_bad_prompts(text: str, message: str, tmp_path: Path) -> None:
 def test_the_list_goes_by_what_the_model_knows(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minti.pictures.make_pictures", lambda *_: [Image.new("RGB", (16, 16))] * COUNT)
+    monkeypatch.setattr(
+        "minti.judge.picture_jobs.make_pictures", lambda *_: [Image.new("RGB", (16, 16))] * COUNT
+    )
     run = Path(shutil.copytree(base / "run", tmp_path / "run"))
     shutil.rmtree(run / "embeds")
     config = yaml.safe_load((run / "config.yaml").read_text())

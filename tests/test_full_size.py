@@ -4,7 +4,8 @@ import gc
 
 import pytest
 
-from minti.config import UNetConfig, read_json
+from minti.formats.configs import read_json
+from minti.model.config import UNetConfig
 
 from . import compare, oracles
 

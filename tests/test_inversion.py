@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 import minti
 from minti import Concept, InputError, StableDiffusion
-from minti import inversion as inversion_module
-from minti.data import Latents, encode_views, load_photos, make_views
-from minti.draws import Samples, Settings, Word, draw, photo_word
-from minti.initial import initial_rows
-from minti.inversion import Diverged, Inversion
-from minti.templates import OBJECT
+from minti.formats.photos import load_photos
+from minti.inversion import inversion as inversion_module
+from minti.inversion.batches import Samples, Settings, Word, draw, photo_word
+from minti.inversion.inversion import Diverged, Inversion
+from minti.inversion.start import initial_rows
+from minti.inversion.templates import OBJECT
+from minti.inversion.views import Latents, encode_views, make_views
 
 from .oracles import pipeline, save_folder
 

@@ -21,9 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from minti import InputError, cli, kernels
-from minti.attention import attention
-from minti.kernels import choice
+from minti import InputError
+from minti.cli.model_options import load_model
+from minti.cli.options import Options
+from minti.model import kernels
+from minti.model.attention import attention
+from minti.model.kernels import choice
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -92,7 +95,7 @@ COMPILE = """
 import sys, torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from minti.kernels import launch
+from minti.model.kernels import launch
 
 class Absent:  # GPU
     def get_current_target(self): return GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -131,7 +134,7 @@ import sys, torch
 from minti import cli, kernels
 assert "triton" not in sys.modules
 kernels.use("auto", torch.device("cpu"))
-cli.run("x", lambda argv: kernels.use("triton", torch.device("cpu")))
+run_command("x", lambda argv: kernels.use("triton", torch.device("cpu")))
 """
     result = run("-c", code, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert result.stderr == (
@@ -142,20 +145,20 @@ cli.run("x", lambda argv: kernels.use("triton", torch.device("cpu")))
 
 
 def parse(*argv: str) -> argparse.Namespace:
-    options = cli.Options("x", "x")
+    options = Options("x", "x")
     options.add_model()
     return options.parse(argv, required=[])
 
 
 @needs_triton
 def test_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load", lambda *args, **kwargs: MagicMock(device=CPU))
+    monkeypatch.setattr("minti.cli.model_options.load", lambda *args, **kwargs: MagicMock(device=CPU))
     assert parse().attention == "sdpa"
     for argv in ([], ["--attention", "auto"]):  # which on the CPU is sdpa
-        cli.load_model(parse(*argv))
+        load_model(parse(*argv))
         assert choice._method == "sdpa"
     with pytest.raises(InputError, match=r"needs a CUDA GPU .* on 'cpu'; or use --attention sdpa"):
-        cli.load_model(parse("--attention", "triton"))
+        load_model(parse("--attention", "triton"))
     with pytest.raises(InputError, match="attention"):
         parse("--attention", "flash")
     with pytest.raises(InputError, match="attention 'flash': choose from auto, sdpa, triton"):
@@ -168,7 +171,7 @@ class Timer:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cases: list[tuple] = []
         self.error: Exception | None = None
-        launch = importlib.import_module("minti.kernels.launch")
+        launch = importlib.import_module("minti.model.kernels.launch")
         monkeypatch.setattr(launch, "runs_on", lambda device: True)
         monkeypatch.setattr(launch, "flash_attention", self.kernel)
         monkeypatch.setattr(choice, "timings", self.timings)
@@ -271,7 +274,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_the_gpu(H: int, N: int, M: int, D: int, dtype: torch.dtype) -> None:
     # The tolerance of `interpreted_kernels.test_half_precision`. With -s, also timings and SDPA's backend.
-    from minti.kernels.launch import flash_attention
+    from minti.model.kernels.launch import flash_attention
 
     x = inputs(N, M, D, dtype, B=2, H=H, device="cuda")
     actual = with_gradients(flash_attention, *x)
@@ -286,7 +289,7 @@ def test_on_the_gpu(H: int, N: int, M: int, D: int, dtype: torch.dtype) -> None:
 @needs_triton
 @pytest.mark.parametrize("D", [40, 64, 80, 160])
 def test_float32_on_the_gpu(D: int) -> None:
-    from minti.kernels.launch import flash_attention
+    from minti.model.kernels.launch import flash_attention
 
     for M in (300, 77):
         x = inputs(300, M, D, device="cuda")

@@ -10,13 +10,14 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as reference
 
-from minti import infer, keymap
-from minti.clip import CLIPTextModel
-from minti.config import TextConfig, UNetConfig, VAEConfig
-from minti.layouts import plan_single_file
-from minti.unet import UNet
-from minti.vae import VAE
-from minti.weightfile import WeightFile
+from minti.formats import keymap
+from minti.formats import shapes_to_config as infer
+from minti.formats.single_file import plan_single_file
+from minti.formats.weightfile import WeightFile
+from minti.model.clip import CLIPTextModel
+from minti.model.config import TextConfig, UNetConfig, VAEConfig
+from minti.model.unet import UNet
+from minti.model.vae import VAE
 
 from .oracles import UNET, UNETS, shared
 from .oracles import VAE as SMALL_VAE
@@ -96,7 +97,7 @@ def test_modules_have_the_keys_and_shapes_of_published_folders(model: str, part:
     ],
 )
 def test_other_spellings_of_folders_are_claimed_key_by_key(model: str, part: str, name: str) -> None:
-    from minti.layouts import find_alias
+    from minti.formats.folder import find_alias
 
     theirs = manifest(f"{name}.json")
     ours = shapes(on_meta(model, part).state_dict())

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 import minti
-from minti import templates
-from minti.clip import CLIPTextModel, CLIPVisionModel
-from minti.config import InputError, TextConfig, UNetConfig, VAEConfig, VisionConfig
-from minti.study.grid import read_targets
-from minti.study.probe import Judge
-from minti.tokenizer import Tokenizer
-from minti.unet import UNet
-from minti.vae import VAE
+from minti.errors import InputError
+from minti.formats.vocabulary import read_tokenizer
+from minti.inversion import templates
+from minti.model.clip import CLIPTextModel
+from minti.model.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
+from minti.model.image_encoder import CLIPVisionModel
+from minti.model.unet import UNet
+from minti.model.vae import VAE
+from minti.study.classifier import Judge
+from minti.study.variants import read_targets
 from tools.make_tiny import (
     bpe,
     captions,
@@ -142,7 +144,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_vocabulary_is_read_alike_by_transformers(tokenizer_folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.CLIPTokenizer.from_pretrained(tokenizer_folder)
-    ours = Tokenizer.load(tokenizer_folder)
+    ours = read_tokenizer(tokenizer_folder)
     texts = [caption_at(i, np.random.default_rng(i)).text for i in range(200)]
     texts += ["", "A  Red cup!!", "naïve café 😀", "12 wugs' hats", "zzyzx-qwerty " * 30]
     padded = theirs(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
@@ -150,7 +152,7 @@ def test_vocabulary_is_read_alike_by_transformers(tokenizer_folder: Path) -> Non
 
 
 def test_words_of_the_world_are_single_tokens(tokenizer_folder: Path) -> None:
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = read_tokenizer(tokenizer_folder)
     words = (*world.COLORS, *world.NOUNS, *world.TOY_NAMES, "photo", "toy", "animal", "striped", "style")
     assert [w for w in words if len(tokenizer.encode(w)) != 1] == []
 
@@ -274,7 +276,7 @@ def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     (work / "world").mkdir()
     (work / "world" / "tokenizer").symlink_to(tokenizer_folder)
     torch.manual_seed(0)
-    size = len(Tokenizer.load(tokenizer_folder))
+    size = len(read_tokenizer(tokenizer_folder))
     parts = {
         "clip": {
             "text_encoder": CLIPTextModel(TextConfig.from_json(models.text_config(size), "text_encoder")),

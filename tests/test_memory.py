@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import minti
-from minti.memory import training_memory
+from minti.runs.memory import training_memory
 
 from .oracles import save_folder
 

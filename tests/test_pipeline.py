@@ -8,8 +8,9 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline
 
 import minti
-from minti import Concept, pipeline
-from minti.config import InputError
+from minti import Concept
+from minti.errors import InputError
+from minti.model import stable_diffusion as pipeline
 
 from . import oracles
 from .compare import assert_parity, compare_pictures

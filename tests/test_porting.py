@@ -15,8 +15,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 import minti
-from minti.config import UNetConfig
-from minti.unet import UNet
+from minti.model.config import UNetConfig
+from minti.model.unet import UNet
 from tests import compare, oracles
 
 

@@ -13,10 +13,10 @@ import yaml
 from PIL import Image
 
 from minti import sample
-from minti.chart import chart, short
-from minti.concept import Concept
-from minti.report import write_report
-from minti.verdict import Run, advice, trend, verdict, warnings
+from minti.cli.svg import chart, short
+from minti.formats.concept import Concept
+from minti.runs.report import write_report
+from minti.runs.verdict import Run, advice, trend, verdict, warnings
 
 COLUMNS = "step,loss,eval_loss,lr,norm,cosine,seconds"
 CONFIG = {"placeholder": "<toy>", "init_word": "toy", "checkpoint": "my weights/sd", "lr": 0.004, "steps": 8}

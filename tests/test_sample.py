@@ -18,8 +18,8 @@ from PIL import Image
 
 import minti
 from minti import Concept, InputError
+from minti.judge.scorer import Scorer
 from minti.sample import Job, main, plan_jobs
-from minti.scoring import Scorer
 
 from .oracles import add_image_encoder, save_clip, save_folder
 

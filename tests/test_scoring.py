@@ -19,23 +19,24 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from minti import InputError, keymap
-from minti.clip_files import Preprocess
-from minti.scoring import (
+from minti import InputError
+from minti.formats import keymap
+from minti.formats.clip_checkpoint import Preprocess
+from minti.formats.vocabulary import read_tokenizer
+from minti.judge.scorer import Scorer, choose_clip
+from minti.judge.scores import (
     Score,
-    Scorer,
     bootstrap,
-    choose_clip,
     clip_i,
     clip_t,
     clip_t_pairwise,
     combine,
-    fingerprint,
     image_only,
     mean_of_words,
     mean_score,
 )
-from minti.tokenizer import replace_words
+from minti.model.stable_diffusion import fingerprint
+from minti.model.tokenizer import replace_words
 
 from . import compare, oracles
 from .oracles import add_image_encoder, save_clip, save_folder, shared, write_tokenizer
@@ -605,13 +606,12 @@ def test_words_are_left_out_as_the_tokenizer_finds_them() -> None:
 
 def test_the_tokenizer_agrees(tmp_path: Path) -> None:
     """What is left encodes to the same ids as the prompt, apart from the word's."""
-    from minti.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
+    tokenizer = read_tokenizer(write_tokenizer(tmp_path))
     words = ["<toy>", "sks", "*"]
     for i, word in enumerate(words):
         tokenizer.add_placeholder(word, [1000 + i], replace=True)
     for text in ("a photo of <toy>.", "SKS, tasks & sks's (*)", "a*b *c <toy><toy>", "the red <TOY>y"):
         kept = [i for i in tokenizer.encode(text) if i < 1000]
-        plain = Tokenizer.load(tmp_path)
+        plain = read_tokenizer(tmp_path)
         assert plain.encode(replace_words(text, words, " ")) == kept

@@ -20,17 +20,17 @@ from safetensors.torch import load_file, save_file
 
 import minti
 from minti import Concept, InputError
-from minti.draws import Settings
-from minti.evaluation import Evaluation
-from minti.inversion import Inversion
-from minti.pictures import Store
-from minti.scoring import Score
+from minti.inversion.batches import Settings
+from minti.inversion.inversion import Inversion
+from minti.judge.benchmark import Evaluation
+from minti.judge.picture_jobs import Store
+from minti.judge.scores import Score
 from minti.study import __main__ as study
 from minti.study import learn as study_learn
-from minti.study.grid import KEYS, Target, choose_targets, expand, group_words, make_variant, read_targets
+from minti.study.classifier import Judge, Probe, Truth
 from minti.study.plan import Plan, make_plan
-from minti.study.probe import Judge, Probe, Truth
 from minti.study.summary import Outcome, disagreements, judge_claims, means, rank_correlation
+from minti.study.variants import KEYS, Target, choose_targets, expand, group_words, make_variant, read_targets
 from tools.make_tiny import captions, concepts, probe
 
 from .oracles import add_image_encoder, save_folder

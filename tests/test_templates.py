@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minti.config import InputError
-from minti.templates import OBJECT, STYLE, TEMPLATES, load_templates
+from minti.errors import InputError
+from minti.inversion.templates import OBJECT, STYLE, TEMPLATES, load_templates
 
 
 @pytest.mark.parametrize(("name", "count"), [("object", 27), ("style", 17)])

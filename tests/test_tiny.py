@@ -14,14 +14,15 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import minti
-from minti import cli
-from minti.data import encode_views, load_photos, make_views
-from minti.draws import Settings, Word
-from minti.initial import initial_rows
-from minti.inversion import Inversion
-from minti.scoring import Scorer
-from minti.study.grid import read_targets
-from minti.study.probe import Judge
+from minti.cli.yaml_files import RECIPES, read_yaml
+from minti.formats.photos import load_photos
+from minti.inversion.batches import Settings, Word
+from minti.inversion.inversion import Inversion
+from minti.inversion.start import initial_rows
+from minti.inversion.views import encode_views, make_views
+from minti.judge.scorer import Scorer
+from minti.study.classifier import Judge
+from minti.study.variants import read_targets
 from tools.make_tiny.concepts import held_out, pictures
 from tools.make_tiny.world import COLORS
 
@@ -46,7 +47,7 @@ def test_what_is_shipped() -> None:
 
 
 def test_the_recipe_for_all_concepts_knows_them() -> None:
-    entries = cli.read_yaml(cli.RECIPES / "tiny-all.yaml")["concepts"]
+    entries = read_yaml(RECIPES / "tiny-all.yaml")["concepts"]
     assert {e["name"]: e["init_word"] for e in entries} == {c.name: c.init for c in held_out().values()}
     assert all((ROOT / e["images"]).is_dir() and e["placeholder"] == f"<{e['name']}>" for e in entries)
 

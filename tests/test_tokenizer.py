@@ -13,20 +13,21 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from minti.config import InputError
-from minti.tokenizer import Tokenizer, clean
+from minti.errors import InputError
+from minti.formats.vocabulary import read_tokenizer
+from minti.model.tokenizer import Tokenizer, clean
 
 from .oracles import shared, write_tokenizer
 
 
 @pytest.fixture(scope="module")
 def clip() -> Tokenizer:
-    return Tokenizer.load(shared("clip-bpe/bpe_simple_vocab_16e6.txt.gz"))
+    return read_tokenizer(shared("clip-bpe/bpe_simple_vocab_16e6.txt.gz"))
 
 
 @pytest.fixture
 def small(tmp_path) -> Tokenizer:
-    return Tokenizer.load(write_tokenizer(tmp_path))
+    return read_tokenizer(write_tokenizer(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +103,14 @@ def test_html_mojibake_and_case(clip):
 
 
 def test_both_file_formats_agree(clip, reference):
-    assert Tokenizer.load(reference.name_or_path).vocab == clip.vocab
-    assert Tokenizer.load(reference.name_or_path).ranks == clip.ranks
+    assert read_tokenizer(reference.name_or_path).vocab == clip.vocab
+    assert read_tokenizer(reference.name_or_path).ranks == clip.ranks
 
 
 def test_tokenizer_json_of_transformers_5(reference, clip, tmp_path):
     reference.save_pretrained(tmp_path)
     (tmp_path / "vocab.json").unlink(missing_ok=True)
-    loaded = Tokenizer.load(tmp_path)
+    loaded = read_tokenizer(tmp_path)
     assert loaded.vocab == clip.vocab and loaded.ranks == clip.ranks
 
 
@@ -117,14 +118,14 @@ def test_shape_and_padding(small, tmp_path):
     rows = small(["the cat", ""])
     assert rows.shape == (2, 77) and rows.dtype == torch.int64
     assert rows[1].tolist() == [small.start_id] + [small.end_id] * 76
-    padded_with_zero = Tokenizer.load(write_tokenizer(tmp_path / "sd2", pad="!"))(["the cat"])[0]
+    padded_with_zero = read_tokenizer(write_tokenizer(tmp_path / "sd2", pad="!"))(["the cat"])[0]
     assert padded_with_zero[:4].tolist() == rows[0, :4].tolist() and set(padded_with_zero[4:].tolist()) == {0}
 
 
 def test_exclamation_mark_is_a_word(clip, reference):
     """Padding with "!", as SD 2.x does, transformers takes the mark for padding; open_clip does not."""
     assert clip.encode("hello!") == [3306, 256]
-    clip_like_transformers = Tokenizer.load(reference.name_or_path, pad="!")
+    clip_like_transformers = read_tokenizer(reference.name_or_path, pad="!")
     clip_like_transformers.add_placeholder("!", [0])
     padded = CLIPTokenizer.from_pretrained(reference.name_or_path, model_max_length=77, pad_token="!")
     ids = padded(["hello! you"], padding="max_length")["input_ids"]
@@ -207,29 +208,29 @@ class TestPlaceholders:
 class TestBrokenFiles:
     def test_messages(self, tmp_path):
         with pytest.raises(InputError, match="no tokenizer here"):
-            Tokenizer.load(tmp_path)
+            read_tokenizer(tmp_path)
         folder = write_tokenizer(tmp_path)
         (folder / "merges.txt").unlink()
         with pytest.raises(InputError, match=r"merges\.txt"):
-            Tokenizer.load(folder)
+            read_tokenizer(folder)
         (folder / "vocab.json").write_text("{")
         with pytest.raises(InputError, match="not valid JSON"):
-            Tokenizer.load(folder)
+            read_tokenizer(folder)
         (folder / "vocab.json").write_text('{"a": 0}')
         (folder / "merges.txt").write_text("a b\n")
         with pytest.raises(InputError, match="not a CLIP tokenizer"):
-            Tokenizer.load(folder)
+            read_tokenizer(folder)
 
     def test_vocabulary_archives(self, tmp_path):
         for content in (b"not gzip", gzip.compress(b"header\na b\n"), gzip.compress(b"x" * 99)[:-4]):
             (tmp_path / "bpe.txt.gz").write_bytes(content)
             with pytest.raises(InputError, match="is not OpenAI's"):
-                Tokenizer.load(tmp_path / "bpe.txt.gz")
+                read_tokenizer(tmp_path / "bpe.txt.gz")
 
     def test_added_tokens(self, tmp_path):
         folder = write_tokenizer(tmp_path)
-        count = len(Tokenizer.load(folder))
+        count = len(read_tokenizer(folder))
         (folder / "added_tokens.json").write_text(json.dumps({"<cat-toy>": count, "<cat-toy>_1": count + 1}))
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = read_tokenizer(folder)
         assert len(tokenizer) == count + 2
         assert tokenizer.encode("<cat-toy>_1 <cat-toy>") == [count + 1, count]

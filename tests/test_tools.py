@@ -15,9 +15,10 @@ from huggingface_hub.hf_api import ModelInfo
 from safetensors.torch import load_file, save_file
 
 import minti
-from minti import cli
-from minti.config import InputError
-from minti.scoring import Scorer
+from minti.cli.command import run_command
+from minti.errors import InputError
+from minti.formats.vocabulary import read_tokenizer
+from minti.judge.scorer import Scorer
 from tests import oracles
 from tools import download, inspect_checkpoint
 
@@ -321,7 +322,7 @@ def test_tokenizer_and_single_files(hub, tmp_path):
         shutil.copyfile(hub.source / "tokenizer" / name, hub.source / name)
     download.main(["tokenizer", str(tmp_path / "words")])
     assert hub.fetched == list(download.TOKENIZER)
-    assert len(minti.tokenizer.Tokenizer.load(tmp_path / "words")) == 536
+    assert len(read_tokenizer(tmp_path / "words")) == 536
     download.main(["owner/repo", str(tmp_path), "--file", "model-ema.ckpt"])
     assert (tmp_path / "model-ema.ckpt").read_bytes() == b"larger"
     with pytest.raises(InputError, match=r"no file x\.ckpt; there are model-ema\.ckpt"):
@@ -413,7 +414,7 @@ def test_without_the_library(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     monkeypatch.setattr("sys.argv", ["download.py", "sd-1.5", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
-        cli.run("download", download.main)
+        run_command("download", download.main)
     assert end.value.code == 2
     assert "pip install 'minti[hub]'" in capsys.readouterr().err
 

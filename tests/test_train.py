@@ -25,17 +25,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minti
-from minti import Concept, InputError, StableDiffusion, cli, inversion, train, trainer
-from minti.data import contact_sheet, encode_views, load_photos, make_views
-from minti.draws import Settings, Word
-from minti.initial import initial_rows
-from minti.inversion import Inversion
-from minti.processes import Processes
-from minti.run_folder import Run
-from minti.scoring import fingerprint
-from minti.templates import OBJECT
-from minti.trainer import Trainer
-from minti.vae import VAE
+from minti import Concept, InputError, StableDiffusion, train
+from minti.cli.command import run_command
+from minti.cli.model_options import load_model
+from minti.cli.processes import Processes
+from minti.cli.yaml_files import RECIPES
+from minti.formats.photos import load_photos
+from minti.inversion import inversion
+from minti.inversion.batches import Settings, Word
+from minti.inversion.inversion import Inversion
+from minti.inversion.start import initial_rows
+from minti.inversion.templates import OBJECT
+from minti.inversion.views import encode_views, make_views
+from minti.model.stable_diffusion import fingerprint
+from minti.model.vae import VAE
+from minti.runs import trainer
+from minti.runs.folder import Run
+from minti.runs.trainer import Trainer
+from minti.runs.words import contact_sheet
 
 from .oracles import save_folder
 from .processes import ENVIRONMENT, ROOT
@@ -381,7 +388,7 @@ def test_recipes(recipe: str, run: Callable, monkeypatch: pytest.MonkeyPatch) ->
     """Each can be run, and what it says is done, where the flags do not say otherwise."""
     out = run("--config", recipe)
     config = yaml.safe_load((out / "config.yaml").read_text())
-    said = yaml.safe_load((cli.RECIPES / f"{recipe}.yaml").read_text())
+    said = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     flags = ("steps", "batch_size", "eval_every", "sample_every")
     assert {k: config[k] for k in said if k not in flags} == {k: v for k, v in said.items() if k not in flags}
     assert config["steps"] == 4
@@ -527,7 +534,7 @@ def test_each_word_stops_by_itself(
 def failed(action: Callable[[], object], capsys: pytest.CaptureFixture) -> str:
     """Exit code 2; the last line of what was said, of which there is one but for progress."""
     with pytest.raises(SystemExit) as status:
-        cli.run("minti.train", lambda _: action())
+        run_command("minti.train", lambda _: action())
     assert status.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -559,14 +566,12 @@ def test_a_broken_checkpoint(
 def test_weights_that_break_in_use(
     run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    load_model = cli.load_model
-
     def load_poisoned(args: Namespace) -> StableDiffusion:
         sd = load_model(args)
         sd.unet.conv_out.register_forward_hook(lambda module, args, output: output * float("nan"))
         return sd
 
-    monkeypatch.setattr(cli, "load_model", load_poisoned)
+    monkeypatch.setattr(train, "load_model", load_poisoned)
     said = failed(run, capsys)
     assert "error: step 1: the loss is not finite; probably weights of the checkpoint" in said
 

@@ -22,9 +22,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from minti import Concept, InputError, cli, run_folder, train
-from minti.files import write_atomically
-from minti.trainer import Stop
+from minti import Concept, InputError, train
+from minti.cli.command import run_command
+from minti.formats.atomic import write_atomically
+from minti.runs import folder as run_folder
+from minti.runs.trainer import Stop
 
 from .oracles import save_folder
 from .processes import ENVIRONMENT, ROOT, Server
@@ -408,7 +410,7 @@ def test_resume_of_a_damaged_run(
         run_to("--resume")
 
     with pytest.raises(SystemExit) as status:
-        cli.run("minti.train", again)
+        run_command("minti.train", again)
     said = capsys.readouterr().err
     if (name, damage) == ("state.safetensors", "gone"):
         assert status.value.code == 0  # killed before it saved anything
@@ -613,7 +615,7 @@ def test_a_full_disk(
         monkeypatch.setattr(os, "fdopen", broken)
 
     with pytest.raises(SystemExit) as status:
-        cli.run("minti.train", lambda _: run_to("--save-every", "2", steps=6))
+        run_command("minti.train", lambda _: run_to("--save-every", "2", steps=6))
     assert status.value.code == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "No space left on device; free some space" in said

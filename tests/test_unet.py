@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from minti.attention import Attention
-from minti.blocks import timestep_embedding
+from minti.model.attention import Attention
+from minti.model.blocks import timestep_embedding
 
 from . import compare, oracles
 from .compare import assert_parity

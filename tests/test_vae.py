@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minti.vae import Downsample
+from minti.model.vae import Downsample
 
 from . import compare, oracles
 from .compare import assert_parity

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from minti import weightfile
-from minti.config import InputError
-from minti.weightfile import WeightFile, read_metadata
+from minti.errors import InputError
+from minti.formats import weightfile
+from minti.formats.weightfile import WeightFile, read_metadata
 
 TENSORS = {
     "a.weight": torch.randn(5, 3, generator=torch.Generator().manual_seed(1)),

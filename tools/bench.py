@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import minti
-from minti import cli, kernels
-from minti.config import InputError
-from minti.files import write_atomically
-from minti.pipeline import DTYPES
+from minti.cli.command import run_command
+from minti.cli.options import Parser, number
+from minti.errors import InputError
+from minti.formats.atomic import write_atomically
+from minti.formats.checkpoint import DTYPES
+from minti.model import kernels
 from tools.benchmark import jobs, parts
 from tools.benchmark.floor import speed
 from tools.benchmark.models import MODELS
@@ -33,8 +35,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog="python tools/bench.py", description=__doc__)
-    count = cli.number(int, 1)
+    parser = Parser(prog="python tools/bench.py", description=__doc__)
+    count = number(int, 1)
     parser.add_argument("--only", nargs="+", metavar="PART", choices=parts.PARTS, help=", ".join(parts.PARTS))
     parser.add_argument("--small", action="store_true", help="two minutes: the tiny model, few repeats")
     parser.add_argument("--full", action="store_true", help="on a CPU too, scaling of the large model; hours")
@@ -131,4 +133,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("bench", main)
+    run_command("bench", main)

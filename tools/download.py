@@ -19,8 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run in a clone that is not installed
 
-from minti import cli
-from minti.config import InputError
+from minti.cli.command import run_command
+from minti.cli.options import Parser
+from minti.errors import InputError
 
 # Stability AI took its SD 2 repositories down in November 2025, Runway those of SD 1.5 in August 2024; these
 # are the copies that the community keeps.
@@ -103,7 +104,7 @@ class RemoteFile:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, look, check the space, download, verify."""
-    parser = cli.Parser("download.py", description=(__doc__ or "").partition(":")[0])
+    parser = Parser("download.py", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"{', '.join(REPOSITORIES)}, or OWNER/REPO")
     parser.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="where to put it")
     parser.add_argument("--variant", metavar="fp16", help="the half-precision files, half the size")
@@ -280,4 +281,4 @@ def compare_published(name: str, file: RemoteFile) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run("download", main)
+    run_command("download", main)

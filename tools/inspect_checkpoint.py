@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run in a clon
 
 import torch
 
-from minti import cli
-from minti.checkpoint import load_tokenizer, make_plan, probe_prediction_type
-from minti.concept import Concept
-from minti.config import InputError, read_json
-from minti.plan import Part, Plan
-from minti.weightfile import WeightFile
+from minti.cli.command import run_command
+from minti.cli.options import Parser
+from minti.errors import InputError
+from minti.formats.checkpoint import load_tokenizer, make_plan, probe_prediction_type
+from minti.formats.concept import Concept
+from minti.formats.configs import read_json
+from minti.formats.load_plan import Part, Plan
+from minti.formats.weightfile import WeightFile
 
 # What a file seems to be, from a telling key: the first row that fits any key counts.
 KINDS = (
@@ -47,7 +49,7 @@ KINDS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the report; leave with exit code 2 where the checkpoint does not load."""
-    parser = cli.Parser("inspect_checkpoint.py", description=(__doc__ or "").partition(":")[0])
+    parser = Parser("inspect_checkpoint.py", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("path", metavar="PATH", type=Path, help="folder, .safetensors, .ckpt, .bin or .pt")
     parser.add_argument(
         "--verify", action="store_true", help="read every weight: damage, NaN, prediction type"
@@ -259,4 +261,4 @@ def trial_load(plan: Plan) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run("inspect_checkpoint", main)
+    run_command("inspect_checkpoint", main)

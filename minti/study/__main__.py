@@ -9,23 +9,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import cli
-from ..concept import Concept
-from ..config import InputError
-from ..data import load_photos
-from ..evaluation import word_jobs
-from ..pictures import Job, Store, make_all, models
-from ..pipeline import StableDiffusion
-from ..processes import Processes
-from ..progress import Progress
-from ..scoring import Scorer, choose_clip
-from .grid import Variant, group_words
+from ..cli.command import run_command
+from ..cli.model_options import load_model
+from ..cli.options import Options, number
+from ..cli.processes import Processes
+from ..cli.progress import Progress
+from ..cli.work_folder import prepare_out
+from ..cli.yaml_files import RECIPES, read_yaml
+from ..errors import InputError
+from ..formats.concept import Concept
+from ..formats.photos import load_photos
+from ..judge.benchmark import word_jobs
+from ..judge.picture_jobs import Job, Store, make_all, models
+from ..judge.scorer import Scorer, choose_clip
+from ..model.stable_diffusion import StableDiffusion
+from .classifier import Judge
 from .learn import Learner
+from .output import score, write_results
 from .plan import RECIPE, Ask, Plan, make_plan
-from .probe import Judge
-from .results import score, write_results
+from .variants import Variant, group_words
 
 log = logging.getLogger(__name__)
+
 
 # Between a study and its continuation.
 MAY_DIFFER = (
@@ -44,10 +49,10 @@ MAY_DIFFER = (
 )
 
 
-def options() -> cli.Options:
+def options() -> Options:
     """The command line."""
-    opts = cli.Options("minti.study", "Learn a grid of words and compare them, as a recipe has it.")
-    at_least_1 = cli.number(int, 1)
+    opts = Options("minti.study", "Learn a grid of words and compare them, as a recipe has it.")
+    at_least_1 = number(int, 1)
     group = "what to study"
     opts.add(
         group, "recipe", nargs="?", metavar="RECIPE", help=f"YAML file, or one of {', '.join(shipped())}"
@@ -63,8 +68,8 @@ def options() -> cli.Options:
     group = "pictures to be scored"
     opts.add(group, "--num-images", 24, type=at_least_1, metavar="N", help="pictures of each prompt")
     opts.add(group, "--sample-steps", 25, type=at_least_1, help="DDIM steps")
-    opts.add(group, "--guidance-scale", 5.0, type=cli.number(float, 0), help="how closely to follow prompts")
-    opts.add(group, "--sample-seed", 0, type=cli.number(int, 0, 2**62), help="seed of each first picture")
+    opts.add(group, "--guidance-scale", 5.0, type=number(float, 0), help="how closely to follow prompts")
+    opts.add(group, "--sample-seed", 0, type=number(int, 0, 2**62), help="seed of each first picture")
     opts.add(group, "--sample-batch-size", 8, type=at_least_1, help="pictures at a time")
     opts.add_judge("the judge")
     opts.add_model()
@@ -75,16 +80,16 @@ def options() -> cli.Options:
 
 def shipped() -> list[str]:
     """The names of the recipes that come with minti."""
-    return sorted(path.stem for path in (cli.RECIPES / "study").glob("*.yaml"))
+    return sorted(path.stem for path in (RECIPES / "study").glob("*.yaml"))
 
 
 def read_recipe(name: str) -> dict[str, Any]:
     """A recipe: a YAML file, or one that is shipped. Raises InputError."""
     if not Path(name).exists() and name in shipped():
-        return cli.read_yaml(cli.RECIPES / "study" / f"{name}.yaml")
+        return read_yaml(RECIPES / "study" / f"{name}.yaml")
     if not Path(name).exists():
         raise InputError(f"recipe {name!r}: neither a file, nor one of {', '.join(shipped())}")
-    return cli.read_yaml(name)
+    return read_yaml(name)
 
 
 def digest(images: Path) -> str:
@@ -152,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = Processes.of_torchrun()
     processes.join_to_wait()
     args.device = processes.device(args.device)
-    sd = cli.load_model(args)
+    sd = load_model(args)
     sd.check_weights()
     sd.schedule.timesteps(plan.protocol.steps)
     scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
@@ -169,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Only now, with everything in order, is anything written or an old study cleared away.
     made = ("words", "learning", "pictures", "strips", "study.json", "report.html")
     if processes.rank == 0:
-        cli.prepare_out(out, args, "a study", "setups", made, MAY_DIFFER)
+        prepare_out(out, args, "a study", "setups", made, MAY_DIFFER)
     processes.wait()
     learn_all(learner, plan, args.words_at_once, processes)
     words = add_words(sd, learner, plan.asks)
@@ -188,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("minti.study", main)
+    run_command("minti.study", main)

@@ -9,18 +9,20 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from ..concept import Concept
-from ..config import InputError
-from ..data import Latents, encode_views, load_photos, make_views
-from ..draws import Word
-from ..files import write_atomically
-from ..initial import initial_rows
-from ..inversion import Diverged, Inversion
-from ..pipeline import StableDiffusion
-from ..templates import load_templates
-from .grid import Group, Variant
+from ..errors import InputError
+from ..formats.atomic import write_atomically
+from ..formats.concept import Concept
+from ..formats.photos import load_photos
+from ..inversion.batches import Word
+from ..inversion.inversion import Diverged, Inversion
+from ..inversion.start import initial_rows
+from ..inversion.templates import load_templates
+from ..inversion.views import Latents, encode_views, make_views
+from ..model.stable_diffusion import StableDiffusion
+from .variants import Group, Variant
 
 log = logging.getLogger(__name__)
+
 
 SAVE_EVERY = 250  # steps between savings of a batch that is not finished
 

@@ -7,20 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import InputError
-from ..pictures import Protocol
-from ..templates import Prompt, PromptList, check_prompt, load_prompts
-from .grid import (
-    Setup,
-    Target,
-    Variant,
-    check,
-    choose_targets,
-    expand,
-    make_variant,
-    read_targets,
-)
+from ..errors import InputError
+from ..judge.picture_jobs import Protocol
+from ..judge.prompts import Prompt, PromptList, check_prompt, load_prompts
 from .summary import check_claims
+from .variants import Setup, Target, Variant, check, choose_targets, expand, make_variant, read_targets
 
 RECIPE = ("title", "about", "concepts", "kinds", "prompts", "base", "setups", "captions", "claims")
 """What only a recipe can say; it may also give any flag of the command."""

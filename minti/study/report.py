@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
-from ..report import HEAD, STYLE, picture
-from ..results import SCORES
-from ..scatter import Point, scatter
+from ..cli.html import HEAD, STYLE, picture
+from ..cli.svg import Point, scatter
+from ..formats.atomic import write_atomically
+from ..judge.results import SCORES
 from .summary import Outcome, disagreements, rank_correlation
 
 WIDE = """

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..config import InputError
-from ..evaluation import Evaluation
-from ..results import SCORES, as_json
-from ..scoring import Score, combine, mean_of_words, mean_score
-from .probe import Truth
+from ..errors import InputError
+from ..judge.benchmark import Evaluation
+from ..judge.results import SCORES, as_json
+from ..judge.scores import Score, combine, mean_of_words, mean_score
+from .classifier import Truth
 
 TRUTHS = ("kept", "kept_edited", "followed")
 EXPECTED = ("above", "at least", "at most")

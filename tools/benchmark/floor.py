@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from minti.pipeline import DTYPES
-from minti.tokenizer import PROMPT_LENGTH
+from minti.formats.checkpoint import DTYPES
+from minti.model.tokenizer import PROMPT_LENGTH
 
 from .jobs import Job, clock, median
 from .models import build

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from minti.config import InputError
-from minti.draws import Samples
+from minti.errors import InputError
+from minti.inversion.batches import Samples
 
 MINTI, COMPILED, PEER = "minti", "minti compiled", "diffusers"
 CHECKPOINTED = "minti, checkpointing"
@@ -48,7 +48,7 @@ class Job:
     steps: int  # of sampling
     vectors: int = 1
     concepts: int = 1
-    attention: str = "sdpa"  # minti's, see `minti.kernels.use`
+    attention: str = "sdpa"  # minti's, see `minti.model.kernels.use`
 
 
 class Training(Protocol):

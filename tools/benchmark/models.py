@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from minti.clip import CLIPTextModel
-from minti.config import TextConfig, UNetConfig, VAEConfig
-from minti.tokenizer import byte_symbols
-from minti.unet import UNet
-from minti.vae import VAE
+from minti.model.clip import CLIPTextModel
+from minti.model.config import TextConfig, UNetConfig, VAEConfig
+from minti.model.tokenizer import byte_symbols
+from minti.model.unet import UNet
+from minti.model.vae import VAE
 from tools.make_tiny import bpe
 from tools.make_tiny import models as tiny
 from tools.make_tiny.export import MODEL_INDEX, WEIGHTS

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import minti
-from minti import kernels
-from minti.data import encode_views, load_photos, make_views
-from minti.draws import Samples, Settings, Word, draw
-from minti.initial import initial_rows
-from minti.inversion import Inversion
+from minti.formats.photos import load_photos
+from minti.inversion.batches import Samples, Settings, Word, draw
+from minti.inversion.inversion import Inversion
+from minti.inversion.start import initial_rows
+from minti.inversion.views import encode_views, make_views
+from minti.model import kernels
 
 from .jobs import Job
 from .models import GUIDANCE_SCALE, INIT_WORD, PLACEHOLDER, PROMPT

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from minti import kernels
-from minti.config import InputError
-from minti.pipeline import DTYPES
-from minti.tokenizer import PROMPT_LENGTH
+from minti.errors import InputError
+from minti.formats.checkpoint import DTYPES
+from minti.model import kernels
+from minti.model.tokenizer import PROMPT_LENGTH
 
 from .floor import needed, speed
 from .jobs import CHECKPOINTED, COMPILED, MINTI, PEER, Job, build, clock, in_child, sample, take_turns, train
@@ -217,7 +217,7 @@ def attention(bench: Bench) -> Iterator[list[Row]]:
     if bench.args.device != "cuda" or importlib.util.find_spec("triton") is None:
         note("attention: left out, since the kernel needs a GPU and triton")
         return
-    from minti.kernels.launch import supports
+    from minti.model.kernels.launch import supports
 
     table = []
     for job in bench.jobs():

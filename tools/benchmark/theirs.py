@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from minti.draws import Samples
-from minti.pipeline import DTYPES
-from minti.templates import OBJECT
+from minti.formats.checkpoint import DTYPES
+from minti.inversion.batches import Samples
+from minti.inversion.templates import OBJECT
 
 from .jobs import Job
 from .models import GUIDANCE_SCALE, INIT_WORD, PLACEHOLDER, PROMPT

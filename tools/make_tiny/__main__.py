@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-from minti import cli
-from minti.config import InputError
+from minti.cli.command import run_command
+from minti.cli.options import Parser
+from minti.errors import InputError
 from tools.make_tiny import data
 from tools.make_tiny.training import Run
 
@@ -30,7 +31,7 @@ DEFAULTS = {
 
 
 def main(argv: Sequence[str] | None) -> None:
-    parser = cli.Parser(prog="python tools/make_tiny", description=__doc__)
+    parser = Parser(prog="python tools/make_tiny", description=__doc__)
     parser.add_argument("stage", choices=DEFAULTS, help="in this order; each continues where it stopped")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then stop, with a checkpoint")
@@ -67,4 +68,4 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("make_tiny", main)
+    run_command("make_tiny", main)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from minti.tokenizer import END, PATTERN, START, byte_symbols, clean
+from minti.model.tokenizer import END, PATTERN, START, byte_symbols, clean
 
 
 def learn(captions: Iterable[str], limit: int) -> list[tuple[str, str]]:

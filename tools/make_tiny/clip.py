@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minti.clip import CLIPTextModel, CLIPVisionModel
-from minti.config import TextConfig, VisionConfig
+from minti.model.clip import CLIPTextModel
+from minti.model.config import TextConfig, VisionConfig
+from minti.model.image_encoder import CLIPVisionModel
 
 from . import models
 from .captions import FACTS, caption

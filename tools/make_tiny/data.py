@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minti.progress import Progress
-from minti.tokenizer import Tokenizer
+from minti.cli.progress import Progress
+from minti.formats.vocabulary import read_tokenizer
 
 from . import bpe
 from .captions import FACTS, Caption, caption
@@ -68,7 +68,7 @@ class Pictures:
 
     def __init__(self, work: Path, limit: int | None = None) -> None:
         self.pixels = np.load(work / "world" / "pictures.npy", mmap_mode="r")[:limit]
-        self.tokenizer = Tokenizer.load(work / "world" / "tokenizer")
+        self.tokenizer = read_tokenizer(work / "world" / "tokenizer")
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minti.config import VAEConfig
-from minti.vae import VAE
+from minti.model.config import VAEConfig
+from minti.model.vae import VAE
 
 from . import models
 from .data import Pictures

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from minti.files import write_atomically
+from minti.formats.atomic import write_atomically
 
 from . import models
 from .captions import phrases

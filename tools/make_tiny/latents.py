@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from minti.progress import Progress
+from minti.cli.progress import Progress
 
 from .data import Pictures
 from .decoder import load_vae

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minti.files import write_atomically
-from minti.study.probe import Probe
+from minti.formats.atomic import write_atomically
+from minti.study.classifier import Probe
 
 from .captions import FACTS
 from .concepts import held_out, riso_picture

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 import minti
-from minti import cli
-from minti.concept import Concept
-from minti.config import InputError
-from minti.pipeline import StableDiffusion
-from minti.progress import Progress
-from minti.scoring import Scorer
+from minti.cli.command import run_command
+from minti.cli.options import Parser, number
+from minti.cli.progress import Progress
+from minti.errors import InputError
+from minti.formats.concept import Concept
+from minti.judge.scorer import Scorer
+from minti.model.stable_diffusion import StableDiffusion
 from tools.make_tiny import concepts
 from tools.make_tiny.captions import TOY_NAMES, Caption, caption
 from tools.make_tiny.data import TEST_SEED, to_pixels
@@ -131,13 +132,13 @@ def concept_rows(
 
 
 def main(argv: Sequence[str] | None) -> None:
-    parser = cli.Parser(prog="python tools/make_tiny/score.py", description=__doc__)
+    parser = Parser(prog="python tools/make_tiny/score.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument(
         "--work", type=Path, required=True, help="folder of the training stages, with the probe"
     )
-    parser.add_argument("--prompts", type=cli.number(int, 1), default=500)
-    parser.add_argument("--steps", type=cli.number(int, 1), default=50)
+    parser.add_argument("--prompts", type=number(int, 1), default=500)
+    parser.add_argument("--steps", type=number(int, 1), default=50)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument(
         "--learned", type=Path, help="folder with NAME/learned_embeds.safetensors of concepts"
@@ -198,4 +199,4 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("make_tiny/score", main)
+    run_command("make_tiny/score", main)

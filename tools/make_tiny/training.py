@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minti.config import InputError
-from minti.files import write_atomically
-from minti.progress import Progress
+from minti.cli.progress import Progress
+from minti.errors import InputError
+from minti.formats.atomic import write_atomically
 
 
 @dataclass

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minti.clip import CLIPTextModel
-from minti.config import ScheduleConfig, TextConfig, UNetConfig
-from minti.diffusion import Schedule
-from minti.pipeline import StableDiffusion
-from minti.tokenizer import Tokenizer
-from minti.unet import UNet
+from minti.model.clip import CLIPTextModel
+from minti.model.config import ScheduleConfig, TextConfig, UNetConfig
+from minti.model.diffusion import Schedule
+from minti.model.stable_diffusion import StableDiffusion
+from minti.model.tokenizer import Tokenizer
+from minti.model.unet import UNet
 
 from . import models
 from .data import Pictures, caption_at

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minti.config import VAEConfig
-from minti.vae import VAE
+from minti.model.config import VAEConfig
+from minti.model.vae import VAE
 
 from . import models
 from .data import TEST_SEED, Pictures, picture_at, to_pictures, to_pixels

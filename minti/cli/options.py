@@ -1,0 +1,181 @@
+"""What the commands share: options and config files, progress, and one clear line when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import yaml
+
+from ..errors import InputError
+from ..formats.checkpoint import DTYPES
+from ..model import kernels
+from .yaml_files import read_yaml
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, by way of `run`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+class Options:
+    """Command-line options whose values may also come from a YAML file.
+
+    Flags go before `--set key=value`, which goes before `--config FILE`, which goes before the defaults. The
+    keys of a file are the flags with underscores for dashes.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        self._parser = Parser(
+            prog=f"python -m {command}", description=description, argument_default=argparse.SUPPRESS
+        )
+        self._defaults: dict[str, Any] = {}
+        self._lists: set[str] = set()
+        self._groups: dict[str, Any] = {}
+        self._file_only: set[str] = set()
+        self._parser.add_argument(
+            "--config", metavar="FILE", help="YAML file, or recipe, with any of the options"
+        )
+        self._parser.add_argument("--set", metavar="KEY=VALUE", action="append", help="set any option")
+
+    def add(self, group: str, flag: str, default: Any = None, *, help: str, **options: Any) -> None:
+        """Declare an option: the arguments of `ArgumentParser.add_argument`, under a heading."""
+        if group not in self._groups:
+            self._groups[group] = self._parser.add_argument_group(group)
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif default not in (None, [], ""):
+            help += f" (default: {default})"
+        name = flag.removeprefix("--").replace("-", "_")
+        if isinstance(default, list):
+            options["action"] = "append"
+            self._lists.add(name)
+        self._defaults[name] = default
+        self._groups[group].add_argument(flag, help=help, **options)
+
+    def add_model(self) -> None:
+        """Declare the options that say which model to load, and how; see `load_model`."""
+        group, kinds = "the model", ["epsilon", "v_prediction", "sample"]
+        self.add(
+            group, "--checkpoint", metavar="PATH", help="diffusers folder, or .safetensors or .ckpt file"
+        )
+        self.add(group, "--tokenizer", metavar="PATH", help="tokenizer for a single file, folder or .txt.gz")
+        self.add(group, "--variant", metavar="NAME", help="which weights of a folder, such as fp16")
+        self.add(group, "--ema", False, help="the averaged weights of a file that has both")
+        self.add(group, "--prediction-type", choices=kinds, help="overrides what the checkpoint says")
+        self.add(group, "--device", "auto", help="auto, cpu, cuda, cuda:N or mps")
+        self.add(group, "--dtype", "auto", choices=["auto", *DTYPES], help="number format of the weights")
+        text = "sdpa: PyTorch's; triton: minti's own; auto: for each shape the faster, rounding may vary"
+        self.add(group, "--attention", "sdpa", choices=kernels.METHODS, help=text)
+        text = "decode pictures larger than this in tiles: less memory, slightly different colours"
+        self.add(group, "--vae-tile", type=number(int, 64), metavar="PX", help=text)
+        self.add(group, "--compile", False, help="compile the model first: minutes now, faster steps later")
+
+    def add_judge(self, group: str) -> None:
+        """Declare the options that say which CLIP judges pictures; see `scoring.choose_clip`."""
+        text = "CLIP to judge by: transformers folder or OpenAI's .pt; by default the checkpoint's own"
+        self.add(group, "--clip", metavar="PATH", help=text)
+        text = "tokenizer for a .pt file, folder or .txt.gz"
+        self.add(group, "--clip-tokenizer", metavar="PATH", help=text)
+
+    def file_only(self, name: str) -> None:
+        """Declare a key that only a config file can give; it is passed on as it is."""
+        self._file_only.add(name)
+
+    def parse(
+        self, argv: Sequence[str] | None, required: Sequence[str], base: dict[str, Any] | None = None
+    ) -> argparse.Namespace:
+        """All options, resolved.
+
+        Args:
+            argv: the command line; None for that of the process.
+            required: names of options that must have a value.
+            base: what the config file adds to, instead of to nothing.
+
+        Raises:
+            InputError: unknown options, bad values, required ones left out.
+        """
+        flags = self._parse(argv)
+        config = dict(base or {}) | (read_yaml(flags.pop("config")) if "config" in flags else {})
+        for pair in flags.pop("set", []):
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise InputError(f"--set {pair}: write KEY=VALUE")
+            config[key.strip().replace("-", "_")] = _list_or_text(value)
+        passed_on = {key: config.pop(key, None) for key in self._file_only}
+        values = self._defaults | passed_on | self.check(config) | flags
+        if missing := [f"--{key.replace('_', '-')}" for key in required if values[key] in (None, [])]:
+            raise InputError(f"{' and '.join(missing)} must be given; see --help")
+        return argparse.Namespace(**values)
+
+    def check(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values from a config file, converted and checked as those of flags are."""
+        return self._parse(self._as_flags(values))
+
+    def _parse(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        values, unknown = self._parser.parse_known_args(argv)
+        if unknown:
+            raise InputError(f"unknown option {unknown[0]!r}{self._suggest(unknown[0])}; see --help")
+        return vars(values)
+
+    def _suggest(self, name: str) -> str:
+        key = name.partition("=")[0].removeprefix("--").replace("-", "_")
+        near = difflib.get_close_matches(key, [*self._defaults, *self._file_only], n=1)
+        return f"; did you mean {near[0]!r}?" if near else ""
+
+    def _as_flags(self, config: dict[str, Any]) -> list[str]:
+        """Config values go through the same checks as flags by becoming flags."""
+        flags = []
+        for key, value in config.items():
+            if key not in self._defaults:
+                raise InputError(f"unknown option {key!r}{self._suggest(str(key))}")
+            flag = "--" + key.replace("_", "-")
+            if isinstance(self._defaults[key], bool):
+                yes = {"true": True, "false": False}.get(str(value).lower())
+                if yes is None:
+                    raise InputError(f"{flag}: {value!r} should be true or false")
+                flags.append(flag if yes else flag.replace("--", "--no-", 1))
+            elif value is not None:
+                values = value if key in self._lists and isinstance(value, list) else [value]
+                if any(isinstance(v, bool | list | dict) for v in values):
+                    raise InputError(f"{flag}: {value!r} is not a single value; put text between quotes")
+                flags += [f"{flag}={v}" for v in values]
+        return flags
+
+
+def _list_or_text(text: str) -> Any:
+    """`[a, b]` and `null` as YAML has them; anything else is what it looks like, also `no` and `cat: red`."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if value is None or isinstance(value, list) else text
+
+
+def number(
+    kind: type, low: float, high: float = float("inf"), *, below: float = float("inf")
+) -> Callable[[str], Any]:
+    """A type of option: a finite int or float from `low` to `high`, and below `below`."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not (low <= value <= high and value < below):
+            upper = f" and at most {high}" if high != float("inf") else ""
+            upper = f" and below {below}" if value >= below else upper
+            raise argparse.ArgumentTypeError(f"{text} should be at least {low}{upper}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def size(text: str) -> int | tuple[int, int]:
+    """A type of option: `512`, or `768x512`, width first."""
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise ValueError
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])

@@ -1,0 +1,93 @@
+"""How close pictures come to photos and to prompts, in the eyes of CLIP.
+
+All scores are cosines between embeddings of unit length (arXiv 2208.01618, section 5). With x_1 ... x_N the
+pictures of a prompt, p_1 ... p_M the photos of the concept and t the prompt without the learned word:
+
+    CLIP-I            mean of <x_i, p_j>          reconstruction: does it look like the photos?
+    CLIP-T            <mean of x_i, normalised, t>   editability: does it do what else the prompt says?
+    CLIP-T, pairwise  mean of <x_i, t>            the same as the paper's code averages it
+
+The mean of unit vectors is shorter than 1, so the paper's CLIP-T is the larger of the two, the more so the
+more the pictures differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..formats.checkpoint import check_exists
+from ..formats.clip_checkpoint import Preprocess, load_clip
+from ..model.clip import CLIPTextModel
+from ..model.image_encoder import CLIPVisionModel
+from ..model.tokenizer import Tokenizer
+
+
+@dataclass
+class Scorer:
+    """A CLIP that judges pictures. It computes in float32."""
+
+    text_encoder: CLIPTextModel
+    image_encoder: CLIPVisionModel
+    tokenizer: Tokenizer
+    preprocess: Preprocess
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: str | torch.device = "cpu", tokenizer: str | Path | None = None
+    ) -> Scorer:
+        """Open a CLIP.
+
+        Args:
+            path: a transformers folder of a CLIPModel; OpenAI's own `.pt` file; or a Stable Diffusion folder
+                with an image encoder that shares the space of its text encoder, such as weights/tiny.
+            tokenizer: folder or file, for a `.pt` file, which comes without one.
+
+        Raises:
+            InputError: one line that says what is wrong.
+        """
+        return cls(**vars(load_clip(path, device=torch.device(device), tokenizer=tokenizer)))
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
+        """RGB pictures of any size -> (N, P) float32 of unit length, on the CPU."""
+        embeddings = []
+        for i in range(0, len(images), batch_size):
+            pixels = torch.stack([self.preprocess(image) for image in images[i : i + batch_size]])
+            embeddings.append(self.image_encoder(pixels.to(_device(self.image_encoder))).cpu())
+        return _unit(torch.cat(embeddings))
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Prompts -> (N, P) float32 of unit length, on the CPU."""
+        ids = self.tokenizer(texts).to(_device(self.text_encoder))
+        return _unit(self.text_encoder(ids).pooled.cpu())
+
+
+def _unit(x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise InputError("the CLIP that judges holds NaN or infinity; download it again")
+    return F.normalize(x, dim=1)
+
+
+def choose_clip(clip: str | None, checkpoint: str | None) -> str:
+    """Which CLIP to judge by: the one given, or the checkpoint's own. Raises InputError if it has none."""
+    if clip is not None:
+        return clip
+    if checkpoint is not None and (check_exists(checkpoint) / "image_encoder").is_dir():
+        return checkpoint
+    raise InputError(
+        f"--clip must be given, since {checkpoint or 'nothing else'} has no image encoder: OpenAI's "
+        "ViT-B-32.pt, or get one with `python tools/download.py clip-b32 weights/clip-b32`"
+    )
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

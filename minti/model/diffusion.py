@@ -1,0 +1,131 @@
+"""The noise schedule and the sampler: how a picture is dissolved into noise, and how one is made out of it.
+
+Symbols as in the papers: x0 a clean latent, eps standard normal noise, t a time step from 0 to T - 1,
+alphas_cumprod[t] (written alpha-bar in DDPM, arXiv 2006.11239, and alpha in DDIM, arXiv 2010.02502) the share
+of the variance that is still picture at time t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .config import ScheduleConfig
+
+
+class Schedule:
+    """The forward process q(x_t | x_0) and its deterministic or stochastic reversal.
+
+    Attributes:
+        config: where it comes from.
+        alphas_cumprod: (T,) float32, computed in float64.
+    """
+
+    def __init__(self, config: ScheduleConfig, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        start, end, T = config.beta_start, config.beta_end, config.num_train_timesteps
+        if config.beta_schedule == "scaled_linear":
+            betas = np.linspace(start**0.5, end**0.5, T) ** 2
+        else:
+            betas = np.linspace(start, end, T)
+        self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float().to(device)
+        # Numbers asked back from a GPU make the processor wait, and a sampler needs some at every step.
+        self._alphas = self.alphas_cumprod.tolist()
+
+    def signal_and_noise(self, t: Tensor | int) -> tuple[Tensor | float, Tensor | float]:
+        """sqrt(alphas_cumprod[t]) and sqrt(1 - alphas_cumprod[t]), (B, 1, 1, 1) float32 for t (B,)."""
+        if isinstance(t, int):
+            return self._alphas[t] ** 0.5, (1 - self._alphas[t]) ** 0.5
+        alpha = self.alphas_cumprod.to(t.device)[t][:, None, None, None]  # (B,) -> (B, 1, 1, 1)
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def q_sample(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = sqrt(alpha-bar_t) x0 + sqrt(1 - alpha-bar_t) eps: DDPM, equation 4. (B, C, h, w), t (B,)."""
+        signal, noise = self.signal_and_noise(t)
+        return signal * x0 + noise * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the UNet should predict: eps, or x0, or v = signal eps - noise x0 (arXiv 2202.00512)."""
+        signal, noise = self.signal_and_noise(t)
+        kind = self.config.prediction_type
+        return eps if kind == "epsilon" else x0 if kind == "sample" else signal * eps - noise * x0
+
+    def x0_and_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
+        """The picture and the noise that the UNet's prediction at x_t amounts to."""
+        signal, noise = self.signal_and_noise(t)
+        if self.config.prediction_type == "epsilon":
+            return (x_t - noise * prediction) / signal, prediction
+        if self.config.prediction_type == "sample":
+            return prediction, (x_t - signal * prediction) / noise
+        return signal * x_t - noise * prediction, noise * x_t + signal * prediction
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The time steps a sampler of `steps` steps visits, from noise to picture.
+
+        The three spacings are those of public scheduler configs (Lin et al. 2023, arXiv 2305.08891, table 2).
+
+        Raises:
+            InputError: where there are not that many.
+        """
+        T, offset = self.config.num_train_timesteps, self.config.steps_offset
+        most = T - offset if self.config.timestep_spacing == "leading" else T
+        if not 1 <= steps <= most:
+            raise InputError(f"steps = {steps}: this checkpoint's schedule allows 1 to {most}")
+        if self.config.timestep_spacing == "leading":
+            ascending = np.arange(steps) * (T // steps) + offset
+        elif self.config.timestep_spacing == "linspace":
+            ascending = np.linspace(0, T - 1, steps).round()
+        else:
+            # Rounding may give one more than was asked for, behind the last.
+            ascending = np.arange(T, 0, -T / steps)[:steps].round()[::-1] - 1
+        return [int(t) for t in ascending[::-1]]
+
+    def ddim_step(
+        self, prediction: Tensor, x_t: Tensor, t: int, t_prev: int, eta: float, noise: Tensor
+    ) -> Tensor:
+        """One step of DDIM, equation 12: from x_t to the x of the earlier time t_prev.
+
+        Args:
+            prediction: what the UNet says about x_t.
+            x_t: (B, C, h, w) float32.
+            t, t_prev: time steps; t_prev < 0 means the end: x0 itself, or t = 0 if the checkpoint says so.
+            eta: 0 is deterministic, 1 has the variance of DDPM.
+            noise: like x_t; not looked at where eta is 0.
+        """
+        alpha = self._alphas[t]
+        end = 1.0 if self.config.set_alpha_to_one else self._alphas[0]
+        alpha_prev = self._alphas[t_prev] if t_prev >= 0 else end
+        sigma = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
+        x0, eps = self.x0_and_eps(prediction, x_t, t)
+        x_prev = alpha_prev**0.5 * x0 + (1 - alpha_prev - sigma**2) ** 0.5 * eps
+        return x_prev + sigma * noise if eta else x_prev
+
+    def ddim_sample(
+        self,
+        predict: Callable[[Tensor, int], Tensor],
+        x_T: Tensor,
+        steps: int,
+        eta: float = 0.0,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Iterator[Tensor]:
+        """Sample, yielding each x_t on the way: `steps` tensors, of which the last is the picture.
+
+        Args:
+            predict: (x_t, i) -> the UNet's output for step i, at time `timesteps(steps)[i]`.
+            x_T: (B, C, h, w) float32 standard normal noise.
+            generators: one for each picture, continued for the noise of eta > 0.
+        """
+        x_t = x_T
+        for i, t in enumerate(self.timesteps(steps)):
+            prediction = predict(x_t, i).float()
+            noise = torch.zeros_like(x_t)
+            if eta:
+                noise = torch.cat([torch.randn(x_t[:1].shape, generator=g) for g in generators]).to(x_t)
+            # The public samplers go back by the same distance everywhere, even where the spacing varies.
+            t_prev = t - self.config.num_train_timesteps // steps
+            x_t = self.ddim_step(prediction, x_t, t, t_prev, eta, noise)
+            yield x_t

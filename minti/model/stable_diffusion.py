@@ -1,0 +1,250 @@
+"""The parts of a Stable Diffusion put together: words to context, noise to latents, latents to pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .clip import CLIPTextModel
+from .diffusion import Schedule
+from .embedding import LearnedWord, PlaceholderEmbedding, encoder_of
+from .tokenizer import Tokenizer
+from .unet import UNet
+from .vae import VAE
+
+
+def compile_for(device: torch.device, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of tensors as one compiled graph, which a GPU then replays without being told each step."""
+    return torch.compile(function, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+@dataclass
+class StableDiffusion:
+    """A text-to-image latent diffusion model. All modules are frozen and share one device and dtype."""
+
+    tokenizer: Tokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet
+    vae: VAE
+    schedule: Schedule
+    source: str = "the checkpoint"  # where it was loaded from, for messages
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the pictures the model was trained on."""
+        return self.unet.config.sample_size * self.vae.config.downscale
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """The checkpoint's own word vectors, (vocab_size, D), without any learned ones."""
+        table = self.text_encoder.token_embedding
+        return table.table.weight if isinstance(table, PlaceholderEmbedding) else table.weight
+
+    def add_concept(self, concept: LearnedWord, *, replace: bool = False) -> nn.Parameter:
+        """Teach the model a learned word: it can be used in every prompt from now on.
+
+        Args:
+            replace: allow a word that has a meaning already, see `Tokenizer.add_placeholder`.
+
+        Returns:
+            The (num_vectors, D) rows that stand for the word, for whoever wants to train them further.
+
+        Raises:
+            InputError: the word was learned for another kind of model, or its name is taken.
+        """
+        table = self.text_encoder.token_embedding
+        width, own = concept.vectors.shape[1], self.text_encoder.config.hidden_size
+        if width != own:
+            raise InputError(
+                f"{concept.placeholder!r} was learned on a {encoder_of(width)}, this checkpoint has a "
+                f"{encoder_of(own)}; use the model it was learned on"
+            )
+        embedding = table if isinstance(table, PlaceholderEmbedding) else PlaceholderEmbedding(table)
+        first = len(embedding.weight)
+        ids = range(first, first + len(concept.vectors))
+        self.tokenizer.add_placeholder(concept.placeholder, ids, replace=replace)
+        self.text_encoder.text_model.embeddings.token_embedding = embedding
+        return embedding.add(concept.vectors)
+
+    def compile(self) -> None:
+        """Make sampling faster, after a first step that takes minutes."""
+        self.unet.denoise = compile_for(self.device, self.unet.denoise)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to what the UNet attends to, (B, 77, D)."""
+        return self.text_encoder(self.tokenizer(prompts).to(self.device)).context
+
+    def check_weights(self) -> None:
+        """Raises InputError, with its name, if a weight is NaN or infinite, be it only in this dtype."""
+        for part in ("text_encoder", "unet", "vae"):
+            for name, weight in getattr(self, part).named_parameters():
+                if not weight.isfinite().all():
+                    raise InputError(
+                        f"{self.source}: {part} {name} holds NaN or infinity as {self._dtype_name}; "
+                        "use another --dtype, or download it again"
+                    )
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def _check(self, output: Tensor, part: str) -> None:
+        # The weights are looked at once something is wrong: when they are loaded, it would take seconds.
+        if not output.isfinite().all():
+            self.check_weights()
+            remedy = "use --dtype bfloat16 or float32"
+            raise InputError(f"{self.source}: the {part} overflows in {self._dtype_name}; {remedy}")
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """Latents of about unit variance, (B, C, h, w), to pictures.
+
+        Raises:
+            InputError: the autoencoder's output is not finite.
+        """
+        z = latents.to(self.dtype) / self.vae.config.scaling_factor
+        # Few at a time: for a large picture the decoder takes more memory than everything before it.
+        count = max(1, 64**2 // z[0, 0].numel())
+        pixels = [self.vae.decode(part) for part in z.split(count)]
+        self._check(torch.cat(pixels), "autoencoder")
+        array = torch.cat(pixels).float().div(2).add(0.5).clamp(0, 1).mul(255).round().byte()
+        return [
+            Image.fromarray(a) for a in array.permute(0, 2, 3, 1).cpu().numpy()
+        ]  # (B, 3, H, W) -> (B, H, W, 3)
+
+    def sample(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        eta: float = 0.0,
+        seed: int = 0,
+        num_images: int = 1,
+        batch_size: int = 4,
+        size: int | tuple[int, int] | None = None,
+    ) -> list[Image.Image]:
+        """Make pictures, `num_images` of each prompt, in order. Image i of each prompt has seed `seed + i`.
+
+        Args:
+            prompt: one prompt or several.
+            negative_prompt: what to steer away from, instead of from the empty prompt.
+            steps: DDIM steps.
+            guidance_scale: 1 is the model as it is; more follows the prompt closer (see `denoise`).
+            eta: 0 is deterministic, 1 has the noise of DDPM.
+            batch_size: pictures made at a time; changes memory and speed, not the pictures.
+            size: pixels, or (width, height), multiples of 8; by default what the model was trained on.
+
+        Returns:
+            List of pictures in RGB.
+        """
+        options = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "size": size}
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        jobs = [(p, seed + i) for p in prompts for i in range(num_images)]
+        images = []
+        for i in range(0, len(jobs), batch_size):
+            batch, seeds = zip(*jobs[i : i + batch_size], strict=True)
+            *_, latents = self.denoise(batch, seeds, negative_prompt=negative_prompt, **options)
+            images += self.decode_latents(latents)
+        return images
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative_prompt: str = "",
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        eta: float = 0.0,
+        size: int | tuple[int, int] | None = None,
+    ) -> Iterator[Tensor]:
+        """Turn noise into latents, one picture for each prompt and its seed, yielding every x_t on the way.
+
+        With a guidance scale w above 1 the UNet is asked twice, in one batch, with the prompt and without,
+        and eps = eps_without + w (eps_with - eps_without): classifier-free guidance (arXiv 2207.12598).
+
+        Yields:
+            (B, C, h, w) float32, `steps` times; the last are the finished latents.
+
+        Raises:
+            InputError: the size does not fit; or the UNet's first output is not finite.
+        """
+        width, height = self.check_size(size)
+        f, device = self.vae.config.downscale, self.device
+        shape = (1, self.vae.config.latent_channels, height // f, width // f)
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        x_T = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+        guided = guidance_scale > 1
+        texts = [negative_prompt] * len(prompts) * guided + list(prompts)
+        different = list(dict.fromkeys(texts))
+        context = self.encode_prompt(different)[[different.index(text) for text in texts]]
+        times = torch.tensor(self.schedule.timesteps(steps), device=device)
+        # All that depends on the words or on the time, for all steps at once.
+        words = self.unet.embed_context(context)
+        time = self.unet.embed_time(times)
+        extra = self.inpainting_channels(x_T)
+
+        def predict(x_t: Tensor, i: int) -> Tensor:
+            x = torch.cat([x_t.to(self.dtype), *extra], dim=1)
+            x = torch.cat([x, x]) if guided else x
+            output = self.unet.denoise(x, [t[i : i + 1] for t in time], words).float()
+            if i == 0:
+                self._check(output, "UNet")
+            if not guided:
+                return output
+            without, with_prompt = output.chunk(2)
+            return without + guidance_scale * (with_prompt - without)
+
+        yield from self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
+
+    @torch.no_grad()
+    def inpainting_channels(self, x: Tensor) -> list[Tensor]:
+        """What an inpainting UNet sees beside noisy latents x, (B, C, h, w): a mask and a picture.
+
+        Here everything is to be painted: the mask is one, and the picture grey. Other models see nothing.
+        """
+        if self.unet.config.in_channels == x.shape[1]:
+            return []
+        h, w = (side * self.vae.config.downscale for side in x.shape[2:])
+        grey = self.vae.encode(torch.zeros(1, 3, h, w, device=x.device, dtype=self.dtype)).mean
+        grey = grey * self.vae.config.scaling_factor
+        return [torch.ones_like(x[:, :1], dtype=self.dtype), grey.expand_as(x)]
+
+    def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """(width, height) in pixels, filled in and checked. Raises InputError unless multiples of 8."""
+        side = self.image_size if size is None else size
+        width, height = side if isinstance(side, tuple) else (side, side)
+        f = self.vae.config.downscale
+        if width % f or height % f or width < f or height < f:
+            up = "x".join(str(max(f, -(-side // f) * f)) for side in (width, height))
+            raise InputError(f"size {width}x{height}: both sides must be multiples of {f}, for instance {up}")
+        return width, height
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """A short hash that tells models apart: of the first few numbers of each of their weights."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, weight in module.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach()[:1].flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,229 @@
+"""CLIP's tokenizer: byte-level byte-pair encoding with end-of-word marks, and placeholder words on top.
+
+A prompt is cleaned (`clean`), cut into words by `PATTERN`, and every word, as UTF-8 bytes, is glued together
+pair by pair in the order in which the pairs were learned. The last symbol of a word carries the mark `</w>`:
+
+    "hugging a cat"  ->  "hugging</w>" "a</w>" "cat</w>"  ->  [49406, 34811, 320, 2368, 49407, 49407, ...]
+
+A placeholder word, such as "<toy>", is found in the cleaned text before any of that and stands for ids of its
+own.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import ftfy
+import regex
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+PROMPT_LENGTH = 77  # tokens, with start and end
+PATTERN = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+
+
+def byte_symbols() -> dict[int, str]:
+    """A printable character for each of the 256 bytes, so that merges can be written down as text.
+
+    Bytes that are printable in Latin-1 stand for themselves; the others take the characters from code 256 on.
+    The order is that of CLIP's vocabulary: the printable ones first.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def clean(text: str) -> str:
+    """Mend broken Unicode, unescape HTML (twice, as web captions need), squeeze blanks, lower the case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+def _pattern_of(words: Iterable[str]) -> regex.Pattern[str]:
+    """Where any of some cleaned placeholder words stands in a cleaned text, as a group."""
+
+    def bounded(word: str) -> str:
+        before = r"(?<![\p{L}\p{N}])" if word[0].isalnum() else ""
+        after = r"(?![\p{L}\p{N}])" if word[-1].isalnum() else ""
+        return before + regex.escape(word) + after
+
+    return regex.compile("(" + "|".join(map(bounded, sorted(words, key=len, reverse=True))) + ")")
+
+
+def replace_words(text: str, words: Iterable[str], by: str = "") -> str:
+    """A cleaned prompt with placeholder words replaced, or left out, wherever a `Tokenizer` would see them.
+
+    replace_words("A photo of <toy>, on grass", ["<toy>"])  ->  "a photo of , on grass"
+    """
+    known = [clean(word) for word in words]
+    return clean(_pattern_of(known).sub(lambda _: by, clean(text)) if known else text)
+
+
+class Tokenizer:
+    """Text to token ids, exactly as OpenAI's CLIP does it.
+
+    Args:
+        vocab: symbol -> id.
+        merges: the learned pairs, the first learned first.
+        pad: the token that fills up short prompts; SD 1.x uses the end token, SD 2.x "!" (id 0).
+        max_length: ids a prompt.
+        source: where the vocabulary came from, for messages.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        pad: str = END,
+        max_length: int = PROMPT_LENGTH,
+        source: str = "tokenizer",
+    ) -> None:
+        for symbol in (START, END, pad):
+            if symbol not in vocab:
+                raise InputError(f"{source}: the vocabulary has no {symbol!r}; it is not a CLIP tokenizer's")
+        self.vocab, self.max_length = vocab, max_length
+        self.start_id, self.end_id, self.pad_id = vocab[START], vocab[END], vocab[pad]
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.symbols = byte_symbols()
+        self.placeholders: dict[str, list[int]] = {}
+        self._warned: set[str] = set()
+        self._placeholder_pattern = PATTERN
+        self._word_ids = lru_cache(maxsize=65536)(self._encode_word)
+
+    def __len__(self) -> int:
+        """One more than the largest id in use."""
+        return 1 + max([*self.vocab.values(), *(i for ids in self.placeholders.values() for i in ids)])
+
+    # Placeholder words
+    # ---------------------------------------------------------------------------------------
+
+    def add_placeholder(self, word: str, ids: Iterable[int], *, replace: bool = False) -> None:
+        """Let a word stand for the given ids, one for each of its vectors.
+
+        It is found wherever it stands alone: next to punctuation ("<toy>.", "(*)"), but a word made of
+            letters
+        or digits not inside a longer one ("sks" is not in "tasks"). Like all of CLIP it ignores the case. Of
+        two that could begin at the same place the longer is taken.
+
+        Args:
+            word: any text without line breaks, "<toy>", "*", "sks-7".
+            ids: consecutive ids above the vocabulary, normally.
+            replace: allow a word that means something already.
+
+        Raises:
+            InputError: an empty word; one in use already; one that is a word of the vocabulary (such as
+                "cat",
+                which would lose its meaning), unless `replace` is set.
+        """
+        key = clean(word)
+        if not key:
+            raise InputError(f"placeholder {word!r} is empty; choose something like <toy>")
+        if not replace:
+            if key in self.placeholders:
+                raise InputError(f"placeholder {word!r} is in use already; rename one of the two")
+            if key in (START, END) or (any(c.isalnum() for c in key) and len(self.encode(key)) == 1):
+                raise InputError(
+                    f"placeholder {word!r} is a word the model knows and would lose its meaning; "
+                    f"choose another, such as <{key}>"
+                )
+        self.placeholders[key] = list(ids)
+
+        self._placeholder_pattern = _pattern_of(self.placeholders)
+
+    def remove_placeholder(self, word: str) -> None:
+        """Forget a placeholder word again."""
+        self.placeholders.pop(clean(word))
+        others, self.placeholders = self.placeholders, {}
+        for other, ids in others.items():
+            self.add_placeholder(other, ids, replace=True)
+
+    # Encoding
+    # ------------------------------------------------------------------------------------------------
+
+    def _merge(self, word: str) -> list[str]:
+        """Byte-pair encoding of one word: join the pair learned earliest, everywhere, until none is left."""
+        parts = [self.symbols[b] for b in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            first = min(itertools.pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if first not in self.ranks:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                if tuple(parts[i : i + 2]) == first:
+                    joined.append(first[0] + first[1])
+                    i += 2
+                else:
+                    joined.append(parts[i])
+                    i += 1
+            parts = joined
+        return parts
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        if word in (START, END):
+            return (self.vocab[word],)
+        return tuple(self.vocab[part] for part in self._merge(word))
+
+    def _pieces(self, text: str) -> Iterable[tuple[str, Sequence[int]]]:
+        """(word, ids) for each word and placeholder of a prompt."""
+        text = clean(text)
+        for i, segment in enumerate(self._placeholder_pattern.split(text) if self.placeholders else [text]):
+            if i % 2:  # splitting by a group gives text and placeholders in turn
+                yield segment, self.placeholders[segment]
+            else:
+                for word in PATTERN.findall(segment):
+                    yield word, self._word_ids(word)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text of any length, without start, end and padding."""
+        return [i for _, ids in self._pieces(text) for i in ids]
+
+    def __call__(self, prompts: str | Sequence[str]) -> Tensor:
+        """Encode prompts as the text encoder wants them.
+
+        A prompt that is too long is cut, keeping the end token, with one warning that quotes what was lost.
+
+        Returns:
+            (B, 77) int64: start token, words, end token, padding.
+
+        Raises:
+            InputError: a placeholder word does not fit, since without it the picture would be another.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        rows = torch.full((len(prompts), self.max_length), self.pad_id)
+        for row, prompt in zip(rows, prompts, strict=True):
+            ids, lost, room = [self.start_id], [], self.max_length - 2
+            for word, word_ids in self._pieces(prompt):
+                if len(ids) - 1 + len(word_ids) > room and word in self.placeholders:
+                    raise InputError(
+                        f"{word!r} with its {len(word_ids)} vectors does not fit into the {room} tokens of a "
+                        f"prompt; shorten the text before it: {prompt[:60]!r}"
+                    )
+                if len(ids) - 1 + len(word_ids) > room:
+                    lost.append(word)
+                ids += word_ids
+            if lost and prompt not in self._warned:
+                self._warned.add(prompt)
+                cut = " ".join(lost)
+                cut = cut if len(cut) <= 200 else f"{cut[:200]}..."
+                log.warning("a prompt has %d tokens at most; cut off: %r", room, cut)
+            ids = [*ids[: self.max_length - 1], self.end_id]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows

@@ -1,0 +1,193 @@
+"""What pictures of a small world really show, read by a classifier that was trained on that world.
+
+CLIP says how similar things are, which is not the same as right. Where everything about a world is known, as
+in that of weights/tiny, a classifier that has seen it rendered reads colours, pattern, background and style.
+It knows no silhouettes other than those of its world, so that it has nothing to say about the shape of a
+concept; nor about pictures of two things.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..formats.configs import read_json
+from ..formats.weightfile import WeightFile
+from ..judge.scores import Score, Term, bootstrap
+
+Facts = Mapping[str, str]  # such as {"color": "red", "background": "snow"}
+
+
+class Probe(nn.Module):
+    """(B, 3, 64, 64) pixels in [-1, 1] -> for each fact, logits over its values.
+
+    Args:
+        facts: fact -> the values it can take.
+    """
+
+    SIZE = 64
+
+    def __init__(self, facts: Mapping[str, Sequence[str]]) -> None:
+        super().__init__()
+        self.facts = facts
+        channels, width = (3, 32, 64, 96, 128), 128
+        self.convs = nn.ModuleList()
+        for c_in, c_out in pairwise(channels):
+            self.convs.append(
+                nn.Sequential(
+                    nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
+                    nn.GroupNorm(8, c_out),
+                    nn.ReLU(),
+                    nn.Conv2d(c_out, c_out, 3, padding=1),
+                    nn.GroupNorm(8, c_out),
+                    nn.ReLU(),
+                )
+            )
+        self.hidden = nn.Linear(channels[-1] * (self.SIZE // 16) ** 2, width)
+        self.heads = nn.ModuleDict({fact: nn.Linear(width, len(values)) for fact, values in facts.items()})
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        x = pixels
+        for conv in self.convs:
+            x = conv(x)
+        h = F.relu(self.hidden(x.flatten(1)))
+        return {fact: head(h) for fact, head in self.heads.items()}
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor, batch: int = 100) -> list[dict[str, str]]:
+        """The facts of each picture."""
+        results: list[dict[str, str]] = []
+        for part in pixels.split(batch):
+            best = {fact: logits.argmax(-1).tolist() for fact, logits in self(part).items()}
+            results += [{f: values[best[f][i]] for f, values in self.facts.items()} for i in range(len(part))]
+        return results
+
+
+@dataclass(frozen=True)
+class Truth:
+    """How often pictures show what they should, 0 to 1; None where nothing was to be read.
+
+    Attributes:
+        kept: facts of the concept, in pictures of the prompt for reconstruction: the truth about CLIP-I.
+        kept_edited: the same in those of the other prompts.
+        followed: facts that the other prompts ask for: the truth about CLIP-T.
+        asked: the other prompts that ask for any.
+        facts: each fact of the concept by itself, in pictures of all prompts that leave it alone.
+    """
+
+    kept: Score | None
+    kept_edited: Score | None
+    followed: Score | None
+    asked: Sequence[str] = ()
+    facts: Mapping[str, Score] = field(default_factory=dict)
+
+
+@dataclass
+class Judge:
+    """A probe, and what the prompts of its world ask for.
+
+    Attributes:
+        phrases: words of a prompt, with {} for the concept -> the facts they settle.
+        accuracy: how often it reads each fact of fresh pictures right, as far as that is known.
+    """
+
+    probe: Probe
+    phrases: Mapping[str, Facts]
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> Judge | None:
+        """Open `probe/` in the folder of a checkpoint; None if there is none.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        folder = Path(folder) / "probe"
+        if not folder.is_dir():
+            return None
+        config = read_json(folder / "config.json")
+        file = WeightFile(folder / "model.safetensors")
+        try:
+            probe = Probe(config["facts"])
+            state = file.read(list(file.shapes), copied=True)
+            probe.load_state_dict({key: value.float() for key, value in state})
+            return cls(probe.eval(), config["phrases"], config.get("accuracy", {}))
+        except (KeyError, TypeError, RuntimeError) as error:
+            text = " ".join(str(error).split())[:100]
+            raise InputError(f"{folder}: does not fit together ({text}); export it again") from None
+
+    def asked(self, template: str) -> dict[str, str] | None:
+        """The facts that a prompt asks for; None if it is about two things."""
+        if re.search(r"\band\b", template):
+            return None
+        found: dict[str, str] = {}
+        for phrase, facts in self.phrases.items():
+            if re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", template):
+                found |= facts
+        return found
+
+    def check(self, facts: Facts, name: str) -> None:
+        """Raises InputError unless these facts of a concept are among what the probe reads."""
+        for fact, value in facts.items():
+            if value not in self.probe.facts.get(fact, ()):
+                known = ", ".join(self.probe.facts.get(fact, self.probe.facts))
+                raise InputError(f"concepts: {name} has {fact}: {value!r}; the probe knows {known}")
+
+    def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]] | None:
+        """The facts of each picture; None if they are not of the probe's size."""
+        if any(image.size != (Probe.SIZE, Probe.SIZE) for image in images):
+            return None
+        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        return self.probe.read(pixels.permute(0, 3, 1, 2) / 127.5 - 1)  # (B, H, W, 3) -> (B, 3, H, W)
+
+    def judge(
+        self, pictures: Mapping[str, Sequence[Image.Image]], facts: Facts, reconstruction: str, seed: int = 0
+    ) -> Truth | None:
+        """How often pictures are right, each prompt counting the same.
+
+        Args:
+            pictures: of every prompt.
+            facts: of the concept.
+            reconstruction: the prompt that only names it.
+            seed: of the bootstrap.
+        """
+        plain = self.asked(reconstruction) or {}
+        kept, kept_edited, followed, telling = [], [], [], []
+        each: dict[str, list[Term]] = {}
+        for template, images in pictures.items():
+            asked = self.asked(template)
+            readings = None if asked is None else self.read(images)
+            if readings is None:
+                continue
+            # Told to be red, a thing in two colours may give up either.
+            own = {f: v for f, v in facts.items() if not (f in ("color", "color2") and "color" in asked)}
+            wanted = {f: v for f, v in asked.items() if plain.get(f) != v}
+            for fact, value in own.items():
+                each.setdefault(fact, []).append(_share({fact: value}, readings))
+            if own:
+                (kept if template == reconstruction else kept_edited).append(_share(own, readings))
+            if wanted and template != reconstruction:
+                followed.append(_share(wanted, readings))
+                telling.append(template)
+        if not (kept or kept_edited or followed):
+            return None
+        scores = (bootstrap(shares, seed) if shares else None for shares in (kept, kept_edited, followed))
+        by_fact = {fact: bootstrap(shares, seed) for fact, shares in each.items()}
+        return Truth(*scores, tuple(telling), by_fact)
+
+
+def _share(facts: Facts, readings: Sequence[Facts]) -> Term:
+    """The share of right facts in pictures, as `bootstrap` takes it."""
+    right = torch.tensor([[reading[fact] == value for fact, value in facts.items()] for reading in readings])
+    shares = right.float().mean(dim=1)  # (N, facts) -> (N,)
+    return (lambda weights: weights @ shares), len(shares)
