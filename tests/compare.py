@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from minti import StableDiffusion
-from minti.model import clip
+from minti.model.clip import CLIPTextModel as TextModel
 from minti.model.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
+from minti.model.image_encoder import CLIPVisionModel
 from minti.model.unet import UNet
 from minti.model.vae import VAE
 
@@ -25,9 +26,9 @@ def ours(reference: nn.Module) -> nn.Module:
     config, module = {
         UNet2DConditionModel: (UNetConfig, UNet),
         AutoencoderKL: (VAEConfig, VAE),
-        CLIPTextModel: (TextConfig, clip.CLIPTextModel),
-        CLIPTextModelWithProjection: (TextConfig, clip.CLIPTextModel),
-        CLIPVisionModelWithProjection: (VisionConfig, clip.CLIPVisionModel),
+        CLIPTextModel: (TextConfig, TextModel),
+        CLIPTextModelWithProjection: (TextConfig, TextModel),
+        CLIPVisionModelWithProjection: (VisionConfig, CLIPVisionModel),
     }[type(reference)]
     raw = reference.config if isinstance(reference.config, dict) else reference.config.to_dict()
     raw = dict(raw) | {"architectures": [type(reference).__name__]}

@@ -22,7 +22,7 @@ import minti
 from minti import Concept, InputError, StableDiffusion
 from minti.formats.photos import load_photos
 from minti.inversion import inversion as inversion_module
-from minti.inversion.batches import Samples, Settings, Word, draw, photo_word
+from minti.inversion.batches import Batch, Settings, Word, photo_word, sample_batch
 from minti.inversion.inversion import Diverged, Inversion
 from minti.inversion.start import initial_rows
 from minti.inversion.templates import OBJECT
@@ -118,7 +118,7 @@ class Textbook:
     def gradient(self) -> Tensor:
         return self.table.weight.grad[-self.n :]
 
-    def losses(self, samples: Samples) -> Tensor:
+    def losses(self, samples: Batch) -> Tensor:
         """Of each sample."""
         x0 = self.word.latents.mean[samples.view] + (
             self.word.latents.std[samples.view] * samples.posterior_noise
@@ -136,7 +136,7 @@ class Textbook:
         prediction = self.unet(noisy, samples.t, context).sample
         return F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
 
-    def step(self, samples: Samples) -> float:
+    def step(self, samples: Batch) -> float:
         self.optimizer.zero_grad()
         loss = self.losses(samples).mean()
         loss.backward()
@@ -147,8 +147,8 @@ class Textbook:
         return loss.item()
 
 
-def samples_of(sd: StableDiffusion, word: Word, settings: Settings, step: int) -> Samples:
-    return draw(word, settings, sd.schedule.config.num_train_timesteps, settings.batch_size, step)
+def samples_of(sd: StableDiffusion, word: Word, settings: Settings, step: int) -> Batch:
+    return sample_batch(word, settings, sd.schedule.config.num_train_timesteps, settings.batch_size, step)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -698,7 +698,7 @@ def test_evaluation_is_the_mean_loss_of_fixed_samples(load: Callable, tmp_path: 
     textbook = Textbook(
         pipeline(tmp_path, "small"), replace(word, init=inversion.concept(0).vectors), settings
     )
-    samples = draw(word, settings, 1000, 7, "evaluation", 5)
+    samples = sample_batch(word, settings, 1000, 7, "evaluation", 5)
     expected = textbook.losses(samples).mean().detach()
     torch.testing.assert_close(inversion.evaluate(), expected[None], rtol=1e-5, atol=0)
 

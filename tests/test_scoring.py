@@ -35,7 +35,7 @@ from minti.judge.scores import (
     mean_of_words,
     mean_score,
 )
-from minti.model.stable_diffusion import fingerprint
+from minti.model.model_hash import model_hash
 from minti.model.tokenizer import replace_words
 
 from . import compare, oracles
@@ -354,9 +354,9 @@ def test_full_size_b32(tmp_path: Path) -> None:
 
 def test_fingerprints_tell_models_apart(folder: Path, pair: Path) -> None:
     a, b, c = Scorer.load(folder), Scorer.load(folder), Scorer.load(pair)
-    assert fingerprint(a.image_encoder) == fingerprint(b.image_encoder) != fingerprint(c.image_encoder)
+    assert model_hash(a.image_encoder) == model_hash(b.image_encoder) != model_hash(c.image_encoder)
     b.image_encoder.visual_projection.weight.data[0, 5] += 1
-    assert fingerprint(a.image_encoder) != fingerprint(b.image_encoder)
+    assert model_hash(a.image_encoder) != model_hash(b.image_encoder)
 
 
 # What cannot be used ---

@@ -37,7 +37,7 @@ from minti.inversion.inversion import Inversion
 from minti.inversion.start import initial_rows
 from minti.inversion.templates import OBJECT
 from minti.inversion.views import encode_views, make_views
-from minti.model.stable_diffusion import fingerprint
+from minti.model.model_hash import model_hash
 from minti.model.vae import VAE
 from minti.runs import trainer
 from minti.runs.folder import Run
@@ -141,7 +141,7 @@ def test_everything_a_run_writes(
     metadata = Concept.load(out / "learned_embeds.safetensors").metadata
     sd = minti.load(base / "model", device="cpu")
     expected = {"init_word": "red toy", "step": "5", "seed": "0", "minti": minti.__version__}
-    model = fingerprint(sd.text_encoder.text_model.encoder, sd.unet, sd.vae)
+    model = model_hash(sd.text_encoder.text_model.encoder, sd.unet, sd.vae)
     expected |= {"base_model": str(base / "model"), "base_model_hash": model, "dtype": "float32"}
     assert expected.items() <= metadata.items()
     with safe_open(out / "learned_embeds.safetensors", "pt") as file:

@@ -75,8 +75,8 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What `draw` draws, B of each."""
+class Batch:
+    """What `sample_batch` draws, B of each."""
 
     view: Tensor  # (B,) int64
     prompts: list[str]
@@ -84,8 +84,8 @@ class Samples:
     posterior_noise: Tensor  # (B, C, h, w)
     eps: Tensor  # (B, C, h, w)
 
-    def __getitem__(self, part: slice) -> Samples:
-        return Samples(*(value[part] for value in vars(self).values()))
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(*(value[part] for value in vars(self).values()))
 
 
 def generator(*key: object) -> torch.Generator:
@@ -100,12 +100,12 @@ def photo_word(word: Word, photo: int) -> str:
 
 
 def longest_prompts(word: Word, settings: Settings) -> list[str]:
-    """Templates that take up as much room as any that `draw` may use."""
+    """Templates that take up as much room as any that `sample_batch` may use."""
     extra = f" with {photo_word(word, 0)}" if settings.per_image else ""
     return [text + extra for text in (*word.templates, *filter(None, word.captions))]
 
 
-def draw(word: Word, settings: Settings, num_train_timesteps: int, count: int, *key: object) -> Samples:
+def sample_batch(word: Word, settings: Settings, num_train_timesteps: int, count: int, *key: object) -> Batch:
     """`count` samples of a word: pictures, prompts, time steps and noise, all determined by the key."""
     g, latents = generator(word.seed, *key), word.latents
     photos = int(latents.photo.max()) + 1
@@ -125,4 +125,4 @@ def draw(word: Word, settings: Settings, num_train_timesteps: int, count: int, *
             text += f" with {photo_word(word, p)}"
         prompts.append(text.replace("{}", word.placeholder))
     shape = (count, *latents.mean.shape[1:])
-    return Samples(view, prompts, t, torch.randn(shape, generator=g), torch.randn(shape, generator=g))
+    return Batch(view, prompts, t, torch.randn(shape, generator=g), torch.randn(shape, generator=g))

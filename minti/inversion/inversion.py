@@ -19,8 +19,8 @@ from ..errors import InputError
 from ..formats.concept import Concept
 from ..model.stable_diffusion import StableDiffusion, compile_for
 from ..model.tokenizer import clean
-from .batches import Samples, Settings, Word, draw, longest_prompts, photo_word
-from .divergence import Guard
+from .batches import Batch, Settings, Word, longest_prompts, photo_word, sample_batch
+from .divergence import DivergenceWatch
 from .start import initial_rows
 
 
@@ -85,7 +85,7 @@ class Inversion:
             parameters = [p.requires_grad_(True) for p in (rows, *photo_rows)]
             groups.append({"params": parameters, "lr": word.lr})
         self._parameters = [p for group in groups for p in group["params"]]
-        self._guard = Guard(self._parameters, self.rows)
+        self._watch = DivergenceWatch(self._parameters, self.rows)
         self._starts = [word.init.to(sd.device) for word in self.words]
         self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
         # float16 has so small a range that gradients vanish unless the loss is scaled up.
@@ -93,7 +93,7 @@ class Inversion:
         self._all_ids = [sd.tokenizer.placeholders[clean(word.placeholder)] for word in self.words]
         self._loss = compile_for(sd.device, self._sample_loss) if compiled else self._sample_loss
         self._extra = sd.inpainting_channels(self.words[0].latents.mean[:1])
-        self._use_vectors()
+        self._update_placeholder()
 
     def _add_photo_words(self, word: Word) -> list[torch.nn.Parameter]:
         """A word for each photo, starting at random, which takes up what is special about that photo."""
@@ -106,10 +106,10 @@ class Inversion:
             for photo in range(count)
         ]
 
-    def _draw(self, word: Word, count: int, *key: object) -> Samples:
-        return draw(word, self.settings, self.sd.schedule.config.num_train_timesteps, count, *key)
+    def _draw(self, word: Word, count: int, *key: object) -> Batch:
+        return sample_batch(word, self.settings, self.sd.schedule.config.num_train_timesteps, count, *key)
 
-    def _losses(self, samples: Sequence[Samples]) -> Tensor:
+    def _losses(self, samples: Sequence[Batch]) -> Tensor:
         """The loss of each sample: words one after the other, (sum of counts,) float32."""
         x0, weight = [], []
         for word, s in zip(self.words, samples, strict=True):
@@ -142,22 +142,22 @@ class Inversion:
             self._ids_of[prompt] = self.sd.tokenizer(prompt)[0]
         return self._ids_of[prompt]
 
-    def _use_vectors(self) -> None:
+    def _update_placeholder(self) -> None:
         """Progressive extension: let prompts use as many vectors of each word as are in play at this step."""
         if not self.settings.progressive:
             return
         for word, ids in zip(self.words, self._all_ids, strict=True):
-            used, placeholders = ids[: self._joined()], self.sd.tokenizer.placeholders
+            used, placeholders = ids[: self._num_active()], self.sd.tokenizer.placeholders
             if placeholders[clean(word.placeholder)] != used:
                 placeholders[clean(word.placeholder)] = used
                 self._ids_of.clear()
 
-    def _joined(self) -> int:
+    def _num_active(self) -> int:
         return 1 + sum(self.step_count >= step for step in self.settings.progressive)
 
-    def in_play(self, index: int) -> Tensor:
+    def active_vectors(self, index: int) -> Tensor:
         """The vectors of a word that prompts use at this step, (n, D) float32."""
-        return self.rows[index][: self._joined()] if self.settings.progressive else self.rows[index]
+        return self.rows[index][: self._num_active()] if self.settings.progressive else self.rows[index]
 
     def step(self, *, check: bool | None = None) -> Tensor:
         """One update. Returns the loss of each word, (words,) float32.
@@ -188,8 +188,8 @@ class Inversion:
                 dist.all_reduce(tensor)
         # With a scaled loss, gradients may overflow: the scaler then leaves out the step and scales less.
         scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        self._guard.look([losses] if scaled else [losses, *(p.grad for p in self._parameters)])
-        self._guard.keep()
+        self._watch.check_finite([losses] if scaled else [losses, *(p.grad for p in self._parameters)])
+        self._watch.remember()
         for group, word in zip(self.optimizer.param_groups, self.words, strict=True):
             group["lr"] = word.lr * settings.lr_factor(self.step_count)
         self.scaler.step(self.optimizer)
@@ -197,14 +197,14 @@ class Inversion:
         if settings.max_norm is not None:
             for p in self._parameters:
                 p.data.renorm_(2, 0, settings.max_norm * self.vocabulary_norm)
-        self._guard.look(self._parameters)
+        self._watch.check_finite(self._parameters)
         if settings.progressive:
             for start, rows in zip(self._starts, self.rows, strict=True):
-                waiting = slice(self._joined(), None)
+                waiting = slice(self._num_active(), None)
                 rows.data[waiting] = start[waiting]  # weight decay has been at them
-        self._guard.count_step()
+        self._watch.count_step()
         self.step_count += 1
-        self._use_vectors()
+        self._update_placeholder()
         if check or (check is None and self.sd.device.type == "cpu"):
             self.check()
         return losses
@@ -215,10 +215,10 @@ class Inversion:
         Raises:
             Diverged: a loss was not finite; the rows are the last ones for which it was.
         """
-        if self._guard.healthy():
+        if self._watch.healthy():
             return
-        self.step_count = int(self._guard.good_steps)
-        longest, index = self._guard.longest.max(0)
+        self.step_count = int(self._watch.good_steps)
+        longest, index = self._watch.longest.max(0)
         longest = longest.item() / self.vocabulary_norm
         if self.step_count == 0:
             cause = "weights of the checkpoint or pictures hold no finite numbers"
@@ -244,13 +244,13 @@ class Inversion:
         for first in range(0, size, n):
             losses = self._losses([s[first : first + n] for s in drawn])
             sums = sums + losses.view(len(self.words), -1).sum(1)
-        self._guard.look([sums])
+        self._watch.check_finite([sums])
         self.check()
         return sums / size
 
     def concept(self, index: int, metadata: dict[str, str] | None = None) -> Concept:
         """A word as it is now, with the vectors that are in play."""
-        rows = self.in_play(index).detach().cpu().clone()
+        rows = self.active_vectors(index).detach().cpu().clone()
         return Concept(self.words[index].placeholder, rows, metadata or {})
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -267,7 +267,7 @@ class Inversion:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken."""
         self.step_count = int(state["step"])
-        self._guard.good_steps.fill_(self.step_count)
+        self._watch.good_steps.fill_(self.step_count)
         for i, group in enumerate(self.optimizer.param_groups):
             for j, p in enumerate(group["params"]):
                 p.copy_(state[f"{i}.{j}.rows"])
@@ -281,4 +281,4 @@ class Inversion:
         if scaler:
             scaler |= {key: int(scaler[key]) for key in ("growth_interval", "_growth_tracker")}
             self.scaler.load_state_dict(scaler)
-        self._use_vectors()
+        self._update_placeholder()

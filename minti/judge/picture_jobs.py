@@ -22,7 +22,8 @@ from ..cli.processes import Processes
 from ..cli.progress import Progress
 from ..formats.atomic import write_atomically
 from ..formats.photos import open_image
-from ..model.stable_diffusion import StableDiffusion, fingerprint
+from ..model.model_hash import model_hash
+from ..model.stable_diffusion import StableDiffusion
 from .scorer import Scorer
 
 log = logging.getLogger(__name__)
@@ -75,9 +76,9 @@ class Job:
 def models(sd: StableDiffusion, scorer: Scorer) -> dict[str, str]:
     """What tells the models apart that make and judge pictures."""
     return {
-        "model": fingerprint(sd.text_encoder.text_model.encoder, sd.unet, sd.vae),
+        "model": model_hash(sd.text_encoder.text_model.encoder, sd.unet, sd.vae),
         "dtype": str(sd.dtype),
-        "clip": fingerprint(scorer.image_encoder),
+        "clip": model_hash(scorer.image_encoder),
     }
 
 
@@ -127,7 +128,7 @@ def files_job(scorer: Scorer, paths: Sequence[Path], name: str) -> Job:
         tick()
         return images
 
-    return Job(name, {"files": files, "clip": fingerprint(scorer.image_encoder)}, read)
+    return Job(name, {"files": files, "clip": model_hash(scorer.image_encoder)}, read)
 
 
 def file_name(text: str) -> str:

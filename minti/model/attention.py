@@ -41,7 +41,7 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)  # (B, heads, N, d) -> (B, N, heads*d)
 
 
-def linear_together(layers: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
+def fused_linear(layers: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
     """What each of several layers makes of the same (..., dim) input, in one matrix product."""
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])

@@ -61,11 +61,11 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """(B, c_in, H, W), and `time` (B or 1, c_out) from `time_emb_proj` -> (B, c_out, H, W)."""
+    def forward(self, x: Tensor, time_shift: Tensor | None = None) -> Tensor:
+        """(B, c_in, H, W), and `time_shift` (B or 1, c_out) from `time_emb_proj` -> (B, c_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
-        if time is not None:
-            h = h + time[:, :, None, None]
+        if time_shift is not None:
+            h = h + time_shift[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -124,9 +124,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, words: KeyValue) -> Tensor:
+    def forward(self, x: Tensor, context_kv: KeyValue) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), words)
+        x = x + self.attn2(self.norm2(x), context_kv)
         return x + self.ff(self.norm3(x))
 
 
@@ -145,10 +145,10 @@ class SpatialTransformer(nn.Module):
             for _ in range(depth)
         )
 
-    def forward(self, x: Tensor, words: Sequence[KeyValue]) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); `words` has keys and values for each transformer block."""
+    def forward(self, x: Tensor, context_kv: Sequence[KeyValue]) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); `context_kv` has keys and values for each transformer block."""
         h = self._project(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))  # (B, C, H, W) -> (B, HW, C)
-        for block, kv in zip(self.transformer_blocks, words, strict=True):
+        for block, kv in zip(self.transformer_blocks, context_kv, strict=True):
             h = block(h, kv)
         h = self._project(self.proj_out, h)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, HW, C) -> (B, C, H, W)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -198,15 +197,15 @@ class StableDiffusion:
         different = list(dict.fromkeys(texts))
         context = self.encode_prompt(different)[[different.index(text) for text in texts]]
         times = torch.tensor(self.schedule.timesteps(steps), device=device)
-        # All that depends on the words or on the time, for all steps at once.
-        words = self.unet.embed_context(context)
-        time = self.unet.embed_time(times)
+        # All that depends on the prompts or on the time, for all steps at once.
+        context_kv = self.unet.embed_context(context)
+        time_shifts = self.unet.embed_time(times)
         extra = self.inpainting_channels(x_T)
 
         def predict(x_t: Tensor, i: int) -> Tensor:
             x = torch.cat([x_t.to(self.dtype), *extra], dim=1)
             x = torch.cat([x, x]) if guided else x
-            output = self.unet.denoise(x, [t[i : i + 1] for t in time], words).float()
+            output = self.unet.denoise(x, [shift[i : i + 1] for shift in time_shifts], context_kv).float()
             if i == 0:
                 self._check(output, "UNet")
             if not guided:
@@ -238,13 +237,3 @@ class StableDiffusion:
             up = "x".join(str(max(f, -(-side // f) * f)) for side in (width, height))
             raise InputError(f"size {width}x{height}: both sides must be multiples of {f}, for instance {up}")
         return width, height
-
-
-def fingerprint(*modules: nn.Module) -> str:
-    """A short hash that tells models apart: of the first few numbers of each of their weights."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, weight in module.named_parameters():
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach()[:1].flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import linear_together
+from .attention import fused_linear
 from .blocks import (
     Downsample,
     KeyValue,
@@ -129,7 +129,7 @@ class UNet(nn.Module):
             added: SDXL's extra conditions: pooled text (N, P) and sizes and crops in pixels (N, 6).
 
         Returns:
-            For every residual block, in the order of the forward pass, (N, its channels).
+            The shift of every residual block, in the order of the forward pass, (N, its channels).
         """
         dtype = self.conv_in.weight.dtype
         emb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(dtype))
@@ -142,25 +142,27 @@ class UNet(nn.Module):
             emb = emb + self.add_embedding(torch.cat([pooled, sizes], dim=-1))
         emb = F.silu(emb)
         projections = [resnet.time_emb_proj for block in self._blocks() for resnet in block.resnets]
-        return linear_together(projections, emb)
+        return fused_linear(projections, emb)
 
     def embed_context(self, context: Tensor) -> list[list[KeyValue]]:
         """Keys and values of the prompt's words (B, L, D) for each block of each transformer, in order."""
         transformers = [transformer for block in self._blocks() for transformer in block.attentions]
         attentions = [block.attn2 for t in transformers for block in t.transformer_blocks]
         projections = [layer for attention in attentions for layer in (attention.to_k, attention.to_v)]
-        parts = iter(linear_together(projections, context))
+        parts = iter(fused_linear(projections, context))
         return [[(next(parts), next(parts)) for _ in t.transformer_blocks] for t in transformers]
 
-    def denoise(self, x: Tensor, time: Sequence[Tensor], words: Sequence[Sequence[KeyValue]]) -> Tensor:
+    def denoise(
+        self, x: Tensor, time_shifts: Sequence[Tensor], context_kv: Sequence[Sequence[KeyValue]]
+    ) -> Tensor:
         """(B, C, h, w) noisy latents -> (B, out_channels, h, w); see `embed_time` and `embed_context`."""
-        time, words = iter(time), iter(words)
+        time_shifts, context_kv = iter(time_shifts), iter(context_kv)
 
         def run(resnet: ResnetBlock, transformer: SpatialTransformer | None, x: Tensor) -> Tensor:
-            t, kv = next(time), None if transformer is None else next(words)
+            shift, kv = next(time_shifts), None if transformer is None else next(context_kv)
 
             def forward(x: Tensor) -> Tensor:
-                x = resnet(x, t)
+                x = resnet(x, shift)
                 return x if transformer is None else transformer(x, kv)
 
             recompute = self.gradient_checkpointing and torch.is_grad_enabled()

@@ -28,7 +28,8 @@ from ..formats.atomic import write_atomically
 from ..formats.concept import Concept
 from ..inversion.batches import Settings
 from ..inversion.inversion import Diverged, Inversion
-from ..model.stable_diffusion import StableDiffusion, fingerprint
+from ..model.model_hash import model_hash
+from ..model.stable_diffusion import StableDiffusion
 from ..version import __version__
 from .folder import COLUMNS, Run, log_csv, read_log
 from .memory import peak_memory
@@ -82,7 +83,7 @@ class Trainer:
         self._inits = [run.word.init.to(sd.device) for run in runs]
         self._unread: list[tuple[list[float], Tensor]] = []  # of the steps not yet logged; see `_measure`
         self.state_path = Path(args.out) / "state.safetensors"
-        self._model = fingerprint(sd.text_encoder.text_model.encoder, sd.unet, sd.vae)
+        self._model = model_hash(sd.text_encoder.text_model.encoder, sd.unet, sd.vae)
         self._dtype = str(sd.dtype).removeprefix("torch.")
         model = torch.tensor(list(self._model.encode()), dtype=torch.uint8)
         # What a run depends on beside its settings. Weights are not the same numbers in another dtype.
@@ -210,7 +211,7 @@ class Trainer:
     @torch.no_grad()
     def _measure(self, losses: Tensor) -> tuple[list[float], Tensor]:
         """Of each word after a step: the learning rate; and, still on the device, loss, norm and cosine."""
-        words = [self.inversion.in_play(i) for i in range(len(self.runs))]
+        words = [self.inversion.active_vectors(i) for i in range(len(self.runs))]
         norms = [rows.norm(dim=1).mean() / self.inversion.vocabulary_norm for rows in words]
         cosines = [
             F.cosine_similarity(rows, init[: len(rows)]).mean()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minti.errors import InputError
-from minti.inversion.batches import Samples
+from minti.inversion.batches import Batch
 
 MINTI, COMPILED, PEER = "minti", "minti compiled", "diffusers"
 CHECKPOINTED = "minti, checkpointing"
@@ -54,7 +54,7 @@ class Job:
 class Training(Protocol):
     """A word about to be learned."""
 
-    def step(self, samples: Samples | None = None) -> Tensor:
+    def step(self, samples: Batch | None = None) -> Tensor:
         """One update: on these samples, or on some of its own choice. Returns the loss."""
 
     def rows(self) -> Tensor:

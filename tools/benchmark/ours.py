@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import minti
 from minti.formats.photos import load_photos
-from minti.inversion.batches import Samples, Settings, Word, draw
+from minti.inversion.batches import Batch, Settings, Word, sample_batch
 from minti.inversion.inversion import Inversion
 from minti.inversion.start import initial_rows
 from minti.inversion.views import encode_views, make_views
@@ -40,13 +40,13 @@ class Training:
         words = [Word(name, rows, latents, seed=i) for i, name in enumerate(names)]
         self.inversion = Inversion(sd, words, Settings(batch_size=job.batch_size), compiled=compiled)
 
-    def samples(self) -> Samples:
+    def samples(self) -> Batch:
         """What the next step will look at."""
         i = self.inversion
         total = i.sd.schedule.config.num_train_timesteps
-        return draw(i.words[0], i.settings, total, i.settings.batch_size, i.step_count)
+        return sample_batch(i.words[0], i.settings, total, i.settings.batch_size, i.step_count)
 
-    def step(self, samples: Samples | None = None) -> Tensor:
+    def step(self, samples: Batch | None = None) -> Tensor:
         return self.inversion.step()
 
     def rows(self) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minti.formats.checkpoint import DTYPES
-from minti.inversion.batches import Samples
+from minti.inversion.batches import Batch
 from minti.inversion.templates import OBJECT
 
 from .jobs import Job
@@ -86,7 +86,7 @@ class Training:
         how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return self.tokenizer(prompt, max_length=self.tokenizer.model_max_length, **how).input_ids[0]
 
-    def step(self, samples: Samples | None = None) -> Tensor:
+    def step(self, samples: Batch | None = None) -> Tensor:
         n, device = self.job.batch_size, self.job.device
         if samples is None:
             views = torch.randint(2 * len(self.photos), (n,)).tolist()

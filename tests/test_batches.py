@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from minti.errors import InputError
-from minti.inversion.batches import Samples, Settings, Word, draw, generator, photo_word
+from minti.inversion.batches import Batch, Settings, Word, generator, photo_word, sample_batch
 from minti.inversion.views import Latents
 
 T = 1000
@@ -29,28 +29,28 @@ def word(photos: int = 3, views: int = 2, side: int = 2, **changes) -> Word:
     return replace(Word("<toy>", torch.zeros(1, 8), latents, ("a {}", "the {}", "{} here")), **changes)
 
 
-def same(a: Samples, b: Samples) -> bool:
+def same(a: Batch, b: Batch) -> bool:
     tensors = [x for x in vars(a) if x != "prompts"]
     return a.prompts == b.prompts and all(torch.equal(getattr(a, x), getattr(b, x)) for x in tensors)
 
 
 def test_a_function_of_seed_and_step() -> None:
-    samples = draw(word(), Settings(), T, 8, 17)
+    samples = sample_batch(word(), Settings(), T, 8, 17)
     torch.manual_seed(123)  # whatever the rest of the program does with random numbers
     torch.rand(10)
-    assert same(samples, draw(word(), Settings(), T, 8, 17))
-    assert not same(samples, draw(word(), Settings(), T, 8, 18))
-    assert not same(samples, draw(word(seed=1), Settings(), T, 8, 17))
+    assert same(samples, sample_batch(word(), Settings(), T, 8, 17))
+    assert not same(samples, sample_batch(word(), Settings(), T, 8, 18))
+    assert not same(samples, sample_batch(word(seed=1), Settings(), T, 8, 17))
     state = torch.random.get_rng_state()
-    draw(word(), Settings(), T, 8, 17)
+    sample_batch(word(), Settings(), T, 8, 17)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_nothing_else_about_a_word_or_the_settings_changes_the_numbers() -> None:
-    samples = draw(word(), Settings(), T, 8, 17)
+    samples = sample_batch(word(), Settings(), T, 8, 17)
     other = word(lr=1.0, init=torch.ones(5, 8))
     settings = Settings(steps=7, batch_size=2, accumulate=4, lr_schedule="cosine", weight_decay=0.5)
-    assert same(samples, draw(other, settings, T, 8, 17))
+    assert same(samples, sample_batch(other, settings, T, 8, 17))
 
 
 def test_seeds_and_steps_are_not_mixed_up() -> None:
@@ -60,7 +60,7 @@ def test_seeds_and_steps_are_not_mixed_up() -> None:
 
 
 def test_shapes_and_slices() -> None:
-    samples = draw(word(side=3), Settings(), T, 5, 0)
+    samples = sample_batch(word(side=3), Settings(), T, 5, 0)
     assert samples.view.shape == samples.t.shape == (5,)
     assert samples.view.dtype == samples.t.dtype == torch.int64
     assert samples.eps.shape == samples.posterior_noise.shape == (5, 4, 3, 3)
@@ -78,7 +78,7 @@ def test_photos_take_turns(count: int) -> None:
     """
     photo, views = word().latents.photo, []
     for step in range(600 // count):
-        view = draw(word(), Settings(), T, count, step).view
+        view = sample_batch(word(), Settings(), T, count, step).view
         times = Counter(photo[view].tolist())
         assert max(times.values()) - min(times.get(p, 0) for p in range(3)) <= 1
         views += view.tolist()
@@ -93,7 +93,9 @@ def test_photos_take_turns(count: int) -> None:
 def test_photos_with_different_numbers_of_views() -> None:
     latents = word(2, 3).latents
     latents = replace(latents, photo=torch.tensor([0, 1, 1, 1, 1, 1]))
-    views = torch.cat([draw(word(latents=latents), Settings(), T, 2, step).view for step in range(300)])
+    views = torch.cat(
+        [sample_batch(word(latents=latents), Settings(), T, 2, step).view for step in range(300)]
+    )
     counts = views.bincount(minlength=6)
     assert counts[0] == 300
     assert (counts[1:] - 60).abs().max() < 35  # standard deviation 7
@@ -107,7 +109,7 @@ def test_times_are_stratified_and_uniform() -> None:
     """
     times = []
     for step in range(500):
-        t = draw(word(), Settings(), T, 8, step).t
+        t = sample_batch(word(), Settings(), T, 8, step).t
         assert sorted((t // 125).tolist()) == list(range(8))
         times.append(t)
     first = torch.stack(times)[:, 0]  # a sample is in no particular stratum
@@ -124,11 +126,11 @@ def test_times_are_stratified_and_uniform() -> None:
 def test_the_last_time_is_not_passed(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the random numbers are as close to 1 as float32 can be, t is T - 1."""
     monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.full(size, 1 - 2.0**-24))
-    assert draw(word(), Settings(), T, count, 0).t.max() == T - 1
+    assert sample_batch(word(), Settings(), T, count, 0).t.max() == T - 1
 
 
 def test_noise_is_standard_normal_and_independent() -> None:
-    samples = [draw(word(side=8), Settings(), T, 4, step) for step in range(20)]
+    samples = [sample_batch(word(side=8), Settings(), T, 4, step) for step in range(20)]
     eps = torch.stack([s.eps for s in samples]).flatten()
     posterior = torch.stack([s.posterior_noise for s in samples]).flatten()
     n = len(eps)  # standard deviations of what follows: 1/sqrt(n) or a little more
@@ -137,7 +139,7 @@ def test_noise_is_standard_normal_and_independent() -> None:
 
 
 def test_prompts_come_from_the_templates() -> None:
-    prompts = Counter(p for step in range(100) for p in draw(word(), Settings(), T, 6, step).prompts)
+    prompts = Counter(p for step in range(100) for p in sample_batch(word(), Settings(), T, 6, step).prompts)
     assert set(prompts) == {"a <toy>", "the <toy>", "<toy> here"}
     assert min(prompts.values()) > 140  # of 200, standard deviation 12
 
@@ -146,7 +148,7 @@ def test_captions_go_before_templates() -> None:
     captioned = word(captions=("{} one", None, "{} three"))
     seen = {0: set(), 1: set(), 2: set()}
     for step in range(60):
-        samples = draw(captioned, Settings(), T, 3, step)
+        samples = sample_batch(captioned, Settings(), T, 3, step)
         for view, prompt in zip(samples.view.tolist(), samples.prompts, strict=True):
             seen[view // 2].add(prompt)
     assert seen == {0: {"<toy> one"}, 1: {"a <toy>", "the <toy>", "<toy> here"}, 2: {"<toy> three"}}
@@ -157,7 +159,7 @@ def test_caption_dropout(share: float) -> None:
     """The share of bare words, up to 5 standard deviations of a binomial distribution."""
     captioned = word(captions=("{} one", None, "{} three"))
     settings = Settings(caption_dropout=share)
-    prompts = [p for step in range(200) for p in draw(captioned, settings, T, 5, step).prompts]
+    prompts = [p for step in range(200) for p in sample_batch(captioned, settings, T, 5, step).prompts]
     tolerance = 5 * math.sqrt(share * (1 - share) / len(prompts))
     assert abs(prompts.count("<toy>") / len(prompts) - share) <= tolerance
 
@@ -167,7 +169,7 @@ def test_words_for_single_photos(share: float) -> None:
     """In the given share of prompts, and always that of the photo in the picture."""
     prompts, with_photo = [], 0
     for step in range(200):
-        samples = draw(word(), Settings(per_image=share), T, 5, step)
+        samples = sample_batch(word(), Settings(per_image=share), T, 5, step)
         for view, prompt in zip(samples.view.tolist(), samples.prompts, strict=True):
             base, found, other = prompt.partition(" with ")
             assert base in {"a <toy>", "the <toy>", "<toy> here"}
