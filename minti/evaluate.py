@@ -10,7 +10,7 @@ from pathlib import Path
 from .cli.command import run_command
 from .cli.options import Options, number, size
 from .cli.processes import Processes
-from .cli.work_folder import prepare_out
+from .cli.work_folder import WorkFolder
 from .errors import InputError
 from .formats.atomic import write_atomically
 from .formats.photos import load_photos
@@ -87,17 +87,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     photos = [photo.image for photo in load_photos(args.images)]
     plan = plan_samples(args) if args.samples else plan_generation(args, style)
     out = choose_out(args)
-    if processes.rank == 0:
-        made = ("pictures", "grids", "evaluation.json", "plot.svg")
-        prepare_out(out, args, "an evaluation", "references", made, MAY_DIFFER)
-    store = Store(out / "pictures")
-    processes.wait()
-    make_all([job for jobs in plan.jobs.values() for job in jobs.values()], plan.scorer, store, processes)
-    if processes.rank == 0:
-        benchmark = Benchmark.make(plan.scorer, photos, plan.prompts)
-        evaluations = score_all(plan, store, benchmark, args)
-        print(table(evaluations))
-        write_results(out, plan, store, evaluations)
+    with WorkFolder(
+        out,
+        "minti.evaluate",
+        vars(args),
+        defaults=opts.defaults,
+        made=lambda settings: ("pictures", "grids", "evaluation.json", "plot.svg"),
+        may_differ=MAY_DIFFER,
+        signature=("references",),
+        active=processes.rank == 0,
+    ) as folder:
+        folder.check(resume=True, overwrite=args.overwrite)
+        folder.begin()
+        store = Store(out / "pictures")
+        processes.wait()
+        jobs = [job for jobs in plan.jobs.values() for job in jobs.values()]
+        make_all(jobs, plan.scorer, store, processes)
+        if processes.rank == 0:
+            benchmark = Benchmark.make(plan.scorer, photos, plan.prompts)
+            evaluations = score_all(plan, store, benchmark, args)
+            print(table(evaluations))
+            write_results(out, plan, store, evaluations)
     processes.wait()
     processes.leave()
 

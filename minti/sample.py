@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 text |= {"prompt": job.prompt, "seed": str(job.seed), "settings": json.dumps(settings)}
                 text |= {"concepts": json.dumps(learned), "software": f"minti {__version__}"}
                 if not images:  # and nothing is written unless there is a picture
-                    write_atomically(out / "config.yaml", to_yaml(args))
+                    write_atomically(out / "config.yaml", to_yaml(vars(args), "minti.sample"))
                 write_atomically(job.path, encode_png(image, text))
                 images.append(image)
     finally:

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,11 +15,12 @@ from .cli.command import run_command
 from .cli.images import encode_png
 from .cli.model_options import load_model
 from .cli.processes import Processes
+from .cli.work_folder import WorkFolder
 from .cli.yaml_files import read_yaml
 from .errors import InputError
 from .formats.atomic import write_atomically
 from .inversion.inversion import Diverged
-from .runs.folder import check_out, clear_temporaries, folders_of, read_state, start_out
+from .runs.folder import read_state, refuse_lost_start, run_folder
 from .runs.memory import training_memory
 from .runs.options import options, word_specs
 from .runs.report import write_report
@@ -45,10 +47,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("--checkpoint must be given; see --help")
     specs = word_specs(opts, args)
     processes = Processes.of_torchrun()
-    going_on = processes.rank == 0 and check_out(out, args, specs)
-    processes.join()
+    with run_folder(args, opts.defaults, active=processes.rank == 0) as folder:
+        if not folder.check(resume=args.resume, overwrite=args.overwrite):
+            refuse_lost_start(out, specs)
+        processes.join()
+        done = learn_words(args, specs, folder, processes)
+        processes.leave()
+    if not done:
+        raise KeyboardInterrupt
 
-    state = read_state(out / "state.safetensors") if args.resume else {}
+
+def learn_words(
+    args: argparse.Namespace, specs: Sequence[dict[str, Any]], folder: WorkFolder, processes: Processes
+) -> bool:
+    """Learn the words. False if the run was asked to stop before its end."""
+    state = read_state(folder.path / "state.safetensors") if args.resume else {}
     sd = load_model(argparse.Namespace(**vars(args) | {"device": processes.device(args.device)}))
     if sd.device.type == "cuda":
         torch.cuda.set_device(sd.device)
@@ -63,25 +76,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Only now, with everything in order, is anything written or an old run cleared away.
     if state:
         trainer.resume(state)
-    if processes.rank == 0:
-        clear_temporaries(folders_of(out)) if going_on else start_out(out, args)
-        for run, sheet in zip(runs, sheets, strict=True):
-            if not (path := run.folder / "inputs.png").exists():
-                write_atomically(path, encode_png(sheet, {}))
+    folder.begin()
+    for run, sheet in zip(runs, sheets, strict=True) if folder.active else ():
+        if not (path := run.folder / "inputs.png").exists():
+            write_atomically(path, encode_png(sheet, {}))
     processes.wait()
     try:
         done = trainer.train(Stop())
     except Diverged as error:
-        if processes.rank == 0:
+        if folder.active:
             write_reports(trainer)
-        raise InputError(f"{error}; the vectors of the last good step are in {out}") from None
-    if processes.rank == 0:
+        raise InputError(f"{error}; the vectors of the last good step are in {folder.path}") from None
+    if folder.active:
         write_reports(trainer)
         for run in runs if done else ():
             log.info("%s: learned in %s", run.placeholder, run.folder / "learned_embeds.safetensors")
-    processes.leave()
-    if not done:
-        raise KeyboardInterrupt
+    return done
 
 
 if __name__ == "__main__":

@@ -530,7 +530,7 @@ def test_another_study_is_refused(base: Path, done: Path, tmp_path: Path) -> Non
         picture.write_bytes(old)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("dear diary")
-    with pytest.raises(InputError, match="not a study"):
+    with pytest.raises(InputError, match=r"holds something that minti\.study did not make"):
         study.main([changed, "--out", str(tmp_path / "mine"), "--overwrite"])
 
 

@@ -82,6 +82,11 @@ class Options:
         text = "tokenizer for a .pt file, folder or .txt.gz"
         self.add(group, "--clip-tokenizer", metavar="PATH", help=text)
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The default of every option."""
+        return dict(self._defaults)
+
     def file_only(self, name: str) -> None:
         """Declare a key that only a config file can give; it is passed on as it is."""
         self._file_only.add(name)
@@ -101,6 +106,7 @@ class Options:
         """
         flags = self._parse(argv)
         config = dict(base or {}) | (read_yaml(flags.pop("config")) if "config" in flags else {})
+        config.pop("made_by", None)  # of the config file of a run
         for pair in flags.pop("set", []):
             key, equals, value = pair.partition("=")
             if not equals:

@@ -1,10 +1,11 @@
-"""Folders that a command works in: what they were begun with, and whether they can be gone on with."""
+"""Folders that a command works in: what work in them was begun with, and whether it can be continued."""
 
 from __future__ import annotations
 
-import argparse
+import logging
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +13,200 @@ import yaml
 
 from ..errors import InputError
 from ..formats.atomic import write_atomically
+from ..version import __version__
 from .yaml_files import read_yaml
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; two processes in one folder go unnoticed there.
+    fcntl = None
 
-def to_yaml(args: argparse.Namespace) -> bytes:
-    """Options as a config file that gives them again, but never replaces anything."""
-    once = ("resume", "overwrite")
-    values = {key: value for key, value in vars(args).items() if value is not None and key not in once}
+log = logging.getLogger(__name__)
+
+ONCE = ("resume", "overwrite")  # options that say what to do with a folder, and are not kept in it
+
+
+def to_yaml(settings: Mapping[str, Any], command: str) -> bytes:
+    """The options of a command as a config file that gives them again, but never replaces anything."""
+    values = {key: value for key, value in settings.items() if value is not None and key not in ONCE}
     values |= {key: "x".join(map(str, value)) for key, value in values.items() if isinstance(value, tuple)}
+    values = {"made_by": f"{command} {__version__}"} | values
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
 
 
-def check_unchanged(saved: Path, args: argparse.Namespace, may_differ: Sequence[str]) -> None:
-    """Raises InputError, naming the first difference, unless options are those of an earlier run."""
-    before, now = _flat(read_yaml(saved)), _flat(yaml.safe_load(to_yaml(args)))
-    for key in sorted({*before, *now} - set(may_differ)):
-        if before.get(key) != now.get(key):
-            change = f"{key} was {before.get(key)!r}, now it is {now.get(key)!r}"
-            raise InputError(f"{saved}: {change}; a run can only be resumed as it was")
+class WorkFolder:
+    """A folder that a command works in, and in which it can continue later.
 
+    The file `config.yaml` in it holds the settings and says which command made it. Nothing is written into a
+    folder that holds anything else, and only one process at a time can work in it. Use it as a context:
 
-def prepare_out(
-    out: Path, args: argparse.Namespace, what: str, key: str, made: Sequence[str], may_differ: Sequence[str]
-) -> None:
-    """Make ready a folder whose work is begun, or gone on with: nothing else in it is ever lost.
+        with WorkFolder(path, "minti.evaluate", ...) as folder:
+            continuing = folder.check(resume=True, overwrite=args.overwrite)
+            ...  # see that all input is good
+            folder.begin()
+            ...  # write into it
 
     Args:
-        what: what such a folder holds, as in "an evaluation".
-        key: the option that tells its `config.yaml` from those of other commands.
-        made: names in it that are cleared away, with --overwrite, before the work begins anew.
-        may_differ: options that may change between a beginning and its continuation.
-
-    Raises:
-        InputError: it holds something else; or was begun with other options.
+        path: the folder, which need not exist.
+        command: the command, such as "minti.train".
+        settings: all options, resolved.
+        defaults: the default of each option, which holds for a folder whose `config.yaml` lacks the option,
+            since the version of minti that began it had no such option.
+        made: a function from settings to the names, relative to the folder, of all files and folders that the
+            command makes with these settings; `--overwrite` removes these and no others.
+        may_differ: options that may change between the beginning and a continuation.
+        signature: options that tell the `config.yaml` of this command from those of the others, where it was
+            written by a version of minti that did not write `made_by`.
+        active: False for all but one of several processes: they check and write nothing.
     """
-    saved = out / "config.yaml"
-    before = read_yaml(saved) if saved.exists() else {}
-    visible = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
-    if out.exists() and visible and key not in before:
-        raise InputError(f"{out}: holds something that is not {what}; give another --out")
-    if before and not args.overwrite:
-        check_unchanged(saved, args, may_differ)
-        return
-    for path in (out / name for name in made):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write_atomically(saved, to_yaml(args))
+
+    def __init__(
+        self,
+        path: str | Path,
+        command: str,
+        settings: Mapping[str, Any],
+        *,
+        defaults: Mapping[str, Any],
+        made: Callable[[Mapping[str, Any]], Iterable[str]],
+        may_differ: Sequence[str] = (),
+        signature: Sequence[str] = (),
+        active: bool = True,
+    ) -> None:
+        self.path, self.command, self.active = Path(path), command, active
+        self.saved = self.path / "config.yaml"
+        self.may_differ, self._made, self._signature = tuple(may_differ), made, set(signature)
+        self._content = to_yaml(settings, command)
+        self._settings = yaml.safe_load(self._content)
+        self._defaults, self._before, self._continues = dict(defaults), {}, False
+        self._handle: int | None = None
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._handle is not None:
+            os.close(self._handle)  # which also unlocks the folder
+            self._handle = None
+
+    def before(self) -> dict[str, Any]:
+        """The settings that the work in the folder was begun with, {} where none was begun.
+
+        Raises:
+            InputError: the folder holds something that this command did not make.
+        """
+        config = read_yaml(self.saved) if self.saved.exists() else {}
+        by = str(config.get("made_by", "")).partition(" ")[0]
+        if config and (by == self.command if by else self._signature <= config.keys()):
+            return config
+        # A process that was killed while it wrote the very first file has left a hidden one.
+        if config or (self.path.exists() and (not self.path.is_dir() or any(_visible(self.path)))):
+            raise InputError(
+                f"{self.path}: holds something that {self.command} did not make; give another --out"
+            )
+        return {}
+
+    def check(self, *, resume: bool, overwrite: bool) -> bool:
+        """See that the work can begin or continue, and that nothing would be lost; writes nothing.
+
+        Args:
+            resume: continue what is there.
+            overwrite: begin anew, whatever this command has made there.
+
+        Returns:
+            Whether there is work to continue.
+
+        Raises:
+            InputError: the folder is in use or holds something else, or was begun with other settings.
+        """
+        if not self.active:
+            return False
+        self._lock()
+        self._before = before = self.before()
+        self._continues = bool(before) and not overwrite
+        if self._continues and not resume:
+            remedy = "give another --out, or --resume, or --overwrite"
+            raise InputError(f"{self.path}: exists already; {remedy}")
+        if self._continues:
+            self._compare(before)
+        for name in {*self._made(before), *self._made(self._settings)} if before else ():
+            path = self.path / name
+            inside = [path, *(parent for parent in path.parents if self.path in parent.parents)]
+            for link in inside[overwrite:]:  # a link that is to be removed does no harm
+                if link.is_symlink():
+                    raise InputError(f"{link}: is a link; nothing is written outside --out, so remove it")
+        return self._continues
+
+    def begin(self) -> None:
+        """Make the folder, remove what is to be overwritten, and write `config.yaml`.
+
+        Until that is written the one of the work before stays, so that a process that is killed at any
+        moment can be started again.
+
+        Raises:
+            InputError: another process has begun to work in the folder since `check`.
+        """
+        if not self.active:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if self.before() != self._before:
+            raise InputError(f"{self.path}: another process has begun to work in it; give another --out")
+        names = [*self._made(self._before)] if self._before else []
+        for name in ["config.yaml", *names]:
+            path = self.path / name  # remove what was being written when a process was killed
+            for temporary in [*path.parent.glob(f".{path.name}.*"), *path.rglob(".*.*")]:
+                temporary.unlink(missing_ok=True)
+        for path in () if self._continues else [self.path / name for name in names]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        write_atomically(self.saved, self._content)
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        """Raises InputError, naming the first difference, unless the settings are those of `before`."""
+        if (by := before.get("made_by")) not in (None, self._settings["made_by"]):
+            log.info("%s: was begun by %s; this is %s", self.path, by, __version__)
+        lacking = {key: value for key, value in self._defaults.items() if key not in before}
+        for path, was, now in _differences(lacking | before, self._defaults | self._settings):
+            if path[0] in ("made_by", *self.may_differ) or (
+                path[0] == "concepts" and path[-1] in self.may_differ
+            ):
+                continue
+            change = f"{': '.join(path)} was {was!r}, now it is {now!r}"
+            remedy = "leave that as it was, or give another --out, or begin anew with --overwrite"
+            raise InputError(f"{self.saved}: {change}; {remedy}")
+        for key, value in lacking.items():
+            if value not in (None, [], "") and key not in (*ONCE, *self.may_differ):
+                log.info("%s: has no %s, an option of a later version; it is %s", self.saved, key, value)
+
+    def _lock(self) -> None:
+        """Keep other processes out of the folder, until this one ends, whatever ends it."""
+        if fcntl is None or self._handle is not None or not self.path.is_dir():
+            return
+        self._handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "wait until it ends, or give another --out"
+            raise InputError(f"{self.path}: another process is working in this folder; {remedy}") from None
+        except OSError:
+            pass  # a file system without locks
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a config, with those of tables in it as `table: entry`."""
-    tables = {key: value for key, value in config.items() if isinstance(value, dict)}
-    entries = {f"{key}: {name}": value for key, table in tables.items() for name, value in table.items()}
-    return {key: value for key, value in config.items() if key not in tables} | entries
+def _visible(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _differences(was: Any, now: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Where two nested tables differ: the keys that lead there, and both values, None for a lacking one."""
+    was, now = _as_table(was), _as_table(now)
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted({*was, *now}):
+            yield from _differences(was.get(key), now.get(key), *path, key)
+    elif was != now:
+        yield path, was, now
+
+
+def _as_table(value: Any) -> Any:
+    """A list of tables, such as the `concepts` of a training run, as a table by name."""
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        return {str(entry.get("name", i)): entry for i, entry in enumerate(value)}
+    return value

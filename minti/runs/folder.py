@@ -6,7 +6,6 @@ import argparse
 import csv
 import io
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..cli.work_folder import check_unchanged, to_yaml
-from ..cli.yaml_files import read_yaml
+from ..cli.work_folder import WorkFolder
 from ..errors import InputError
-from ..formats.atomic import write_atomically
 from ..inversion.batches import Word
 
 MAY_DIFFER = ("out", "resume", "overwrite", "device")  # between a run and its continuation
@@ -69,65 +66,43 @@ def is_name(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*", name)) and name not in (*WRITTEN, *NUMBERED, "config.yaml")
 
 
-def folders_of(out: Path) -> list[Path]:
-    """The folder of the run in `out`, and those of its words if it has several.
+def made(settings: Mapping[str, Any]) -> list[str]:
+    """The names in its folder of all that a run with these settings writes, beside `config.yaml`.
 
     Raises:
-        InputError: there is none.
+        InputError: these are not the settings of a run.
     """
-    saved = out / "config.yaml"
-    config = read_yaml(saved) if saved.exists() else {}
-    words = config.get("concepts") or []
-    ours = {"init_word", "save_every", "eval_size"} <= config.keys() and isinstance(words, list)
-    if not ours or not all(isinstance(word, dict) and is_name(str(word.get("name"))) for word in words):
-        raise InputError(f"{out}: holds something that is not a run of minti.train; give another --out")
-    return [out, *(out / str(word["name"]) for word in words)]
+    words = settings.get("concepts")
+    if words is None:
+        return [*WRITTEN, *NUMBERED]
+    if not isinstance(words, list) or not all(
+        isinstance(w, dict) and is_name(str(w.get("name"))) for w in words
+    ):
+        raise InputError("concepts: are not those of a run of minti.train; give another --out")
+    return [WRITTEN[0], *(f"{word['name']}/{name}" for word in words for name in (*WRITTEN, *NUMBERED))]
 
 
-def check_out(out: Path, args: argparse.Namespace, specs: Sequence[Mapping[str, Any]]) -> bool:
-    """See that nothing would be lost. Returns whether there is a run to go on with.
+def run_folder(args: argparse.Namespace, defaults: Mapping[str, Any], active: bool = True) -> WorkFolder:
+    """The folder of the run that the options ask for."""
+    return WorkFolder(
+        args.out,
+        "minti.train",
+        vars(args),
+        defaults=defaults,
+        made=made,
+        may_differ=MAY_DIFFER,
+        signature=("init_word", "save_every", "eval_size"),
+        active=active,
+    )
 
-    Raises:
-        InputError: --out is in use; or the run there was another one than is to be resumed.
-    """
-    saved = out / "config.yaml"
-    if args.resume and saved.exists():
-        check_unchanged(saved, args, MAY_DIFFER)
-        return True
-    # A run that was killed while it wrote its very first file leaves a hidden one.
-    if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
-        if not args.overwrite:
-            raise InputError(f"{out}: exists already; give another --out, or --resume, or --overwrite")
-        folders_of(out)
+
+def refuse_lost_start(out: Path, specs: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError if a word starts from a file in `out`, which is to be replaced."""
     for spec in specs:
         if spec["init"] == "file" and out.resolve() in Path(spec["init_word"]).resolve().parents:
             raise InputError(
                 f"{spec['init_word']}: is in --out, which is to be replaced; copy it to another place first"
             )
-    return False
-
-
-def clear_temporaries(folders: Sequence[Path]) -> None:
-    """Remove what was being written when a run was killed."""
-    patterns = [f".{name}.*" for name in (*WRITTEN, "config.yaml")] + [f"{name}/.step-*" for name in NUMBERED]
-    for folder in folders:
-        for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-            path.unlink(missing_ok=True)
-
-
-def start_out(out: Path, args: argparse.Namespace) -> None:
-    """Clear away the files of the run before, and no others; write down the settings of this one.
-
-    Until these are written, those of the run before stay: killed at any moment, it can be done again.
-    """
-    folders = folders_of(out) if (out / "config.yaml").exists() else [out]
-    clear_temporaries(folders)
-    for folder in folders:
-        for name in WRITTEN:
-            (folder / name).unlink(missing_ok=True)
-        for name in NUMBERED:
-            shutil.rmtree(folder / name, ignore_errors=True)
-    write_atomically(out / "config.yaml", to_yaml(args))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..cli.model_options import load_model
 from ..cli.options import Options, number
 from ..cli.processes import Processes
 from ..cli.progress import Progress
-from ..cli.work_folder import prepare_out
+from ..cli.work_folder import WorkFolder
 from ..cli.yaml_files import RECIPES, read_yaml
 from ..errors import InputError
 from ..formats.concept import Concept
@@ -173,21 +173,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.made_of = models(sd, scorer) | {f"photos of {t.name}": digest(t.images) for t in plan.targets}
     # Only now, with everything in order, is anything written or an old study cleared away.
     made = ("words", "learning", "pictures", "strips", "study.json", "report.html")
-    if processes.rank == 0:
-        prepare_out(out, args, "a study", "setups", made, MAY_DIFFER)
-    processes.wait()
-    learn_all(learner, plan, args.words_at_once, processes)
-    words = add_words(sd, learner, plan.asks)
-    if args.compile:
-        sd.compile()
-    jobs = [jobs_of(sd, scorer, plan, a, words[a.variant][0] if a.variant else a.text) for a in plan.asks]
-    make_all([job for some in jobs for job in some.values()], scorer, store, processes)
-    if processes.rank == 0:
-        outcomes = []
-        for target in plan.targets:
-            own = [(ask, job) for ask, job in zip(plan.asks, jobs, strict=True) if ask.target is target]
-            outcomes += score(sd, scorer, judge, store, plan, own, words)
-        write_results(args, out, store, plan, jobs, outcomes, clip, judge)
+    folder = WorkFolder(
+        out,
+        "minti.study",
+        vars(args),
+        defaults=opts.defaults,
+        made=lambda settings: made,
+        may_differ=MAY_DIFFER,
+        signature=("setups",),
+        active=processes.rank == 0,
+    )
+    with folder:
+        folder.check(resume=True, overwrite=args.overwrite)
+        folder.begin()
+        processes.wait()
+        learn_all(learner, plan, args.words_at_once, processes)
+        words = add_words(sd, learner, plan.asks)
+        if args.compile:
+            sd.compile()
+        jobs = [jobs_of(sd, scorer, plan, a, words[a.variant][0] if a.variant else a.text) for a in plan.asks]
+        make_all([job for some in jobs for job in some.values()], scorer, store, processes)
+        if processes.rank == 0:
+            outcomes = []
+            for target in plan.targets:
+                own = [(ask, job) for ask, job in zip(plan.asks, jobs, strict=True) if ask.target is target]
+                outcomes += score(sd, scorer, judge, store, plan, own, words)
+            write_results(args, out, store, plan, jobs, outcomes, clip, judge)
     processes.wait()
     processes.leave()
 
