@@ -87,6 +87,11 @@ class Tokenizer:
         source: where the vocabulary came from, for messages.
     """
 
+    kind, start, end = "CLIP", START, END
+    unknown_id: int | None = (
+        None  # the id of words that the vocabulary cannot spell; CLIP's spells every word
+    )
+
     def __init__(
         self,
         vocab: dict[str, int],
@@ -95,11 +100,13 @@ class Tokenizer:
         max_length: int = PROMPT_LENGTH,
         source: str = "tokenizer",
     ) -> None:
-        for symbol in (START, END, pad):
+        for symbol in (self.start, self.end, pad):
             if symbol not in vocab:
-                raise InputError(f"{source}: the vocabulary has no {symbol!r}; it is not a CLIP tokenizer's")
+                raise InputError(
+                    f"{source}: the vocabulary has no {symbol!r}; it is not a {self.kind} tokenizer's"
+                )
         self.vocab, self.max_length = vocab, max_length
-        self.start_id, self.end_id, self.pad_id = vocab[START], vocab[END], vocab[pad]
+        self.start_id, self.end_id, self.pad_id = vocab[self.start], vocab[self.end], vocab[pad]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.symbols = byte_symbols()
         self.placeholders: dict[str, list[int]] = {}
@@ -138,7 +145,8 @@ class Tokenizer:
         if not replace:
             if key in self.placeholders:
                 raise InputError(f"placeholder {word!r} is in use already; rename one of the two")
-            if key in (START, END) or (any(c.isalnum() for c in key) and len(self.encode(key)) == 1):
+            ids_now = self.encode(key) if any(c.isalnum() for c in key) else []
+            if key in (START, END) or (len(ids_now) == 1 and ids_now != [self.unknown_id]):
                 raise InputError(
                     f"placeholder {word!r} is a word the model knows and would lose its meaning; "
                     f"choose another, such as <{key}>"

@@ -1,0 +1,79 @@
+"""The text encoder of the first latent diffusion model, on which Textual Inversion was developed.
+
+Rombach et al. 2022 (arXiv 2112.10752, section 4.3.1) trained a transformer from scratch for their 1.4-billion
+text-to-image model and called it BERT, after the tokenizer that it uses (`wordpiece.py`). It is a plain
+pre-norm transformer (Vaswani et al. 2017, arXiv 1706.03762): every position attends to every other one, also
+to padding, because no mask is applied anywhere. Its heads are narrower than its width: 8 x 64 = 512 of 1280.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attention, merge_heads, split_heads
+from .clip import table
+from .config import BertConfig
+
+
+class BertAttention(nn.Module):
+    """Self-attention over all positions, (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        inner = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.out_proj = nn.Linear(inner, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(merge_heads(attention(q, k, v)))
+
+
+class BertLayer(nn.Module):
+    """Attention, then a perceptron with the exact GELU, each around a shortcut: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.self_attn = BertAttention(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x))
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class BertEncoder(nn.Module):
+    """Token ids to one vector per token, (B, L) int64 -> (B, L, D)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.embed_tokens = table(config.vocab_size, config.hidden_size)
+        self.embed_positions = table(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.layer_norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed_tokens(ids) + self.embed_positions.weight[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.layer_norm(x)
+
+
+class BertTextModel(nn.Module):
+    """The text encoder; module names are the keys of the public folder, without its unused `to_logits`."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = BertEncoder(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Encode token ids, (B, L) int64 with L at most 77, -> (B, L, D): what the UNet attends to."""
+        return self.model(ids)
