@@ -7,8 +7,7 @@ import json
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
-from minti.model.bert import BertTextModel
-from minti.model.config import BertConfig
+from minti.model.bert import BertConfig, BertTextModel
 
 from . import compare, oracles
 

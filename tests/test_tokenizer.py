@@ -218,7 +218,7 @@ class TestBrokenFiles:
             read_tokenizer(folder)
         (folder / "vocab.json").write_text('{"a": 0}')
         (folder / "merges.txt").write_text("a b\n")
-        with pytest.raises(InputError, match="not a CLIP tokenizer"):
+        with pytest.raises(InputError, match="is it CLIP's tokenizer"):
             read_tokenizer(folder)
 
     def test_vocabulary_archives(self, tmp_path):

@@ -138,5 +138,5 @@ def test_a_placeholder_that_does_not_fit(tokenizer):
 
 def test_a_vocabulary_of_another_tokenizer():
     for missing in ("[CLS]", "[PAD]", "[UNK]"):
-        with pytest.raises(InputError, match="it is not a BERT tokenizer's"):
+        with pytest.raises(InputError, match=r"is it BERT's tokenizer\?"):
             WordPieceTokenizer(vocabulary([token for token in SMALL if token != missing]))

@@ -8,12 +8,26 @@ to padding, because no mask is applied anywhere. Its heads are narrower than its
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention, merge_heads, split_heads
 from .clip import table
-from .config import BertConfig
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The text encoder of the first latent diffusion model. Defaults: its published size."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 8
+    head_dim: int = 64  # the heads together are 512 wide, not hidden_size
+    max_position_embeddings: int = 77
 
 
 class BertAttention(nn.Module):

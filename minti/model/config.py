@@ -319,16 +319,3 @@ class ScheduleConfig:
             steps_offset=raw.get("steps_offset", 0),
             set_alpha_to_one=raw.get("set_alpha_to_one", True),
         )
-
-
-@dataclass(frozen=True)
-class BertConfig:
-    """The text encoder of the first latent diffusion model. Defaults: its published size."""
-
-    vocab_size: int = 30522
-    hidden_size: int = 1280
-    intermediate_size: int = 5120
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 8
-    head_dim: int = 64  # the heads together are 512 wide, not hidden_size
-    max_position_embeddings: int = 77

@@ -26,7 +26,6 @@ from ..errors import InputError
 
 log = logging.getLogger(__name__)
 
-
 START, END = "<|startoftext|>", "<|endoftext|>"
 PROMPT_LENGTH = 77  # tokens, with start and end
 PATTERN = regex.compile(
@@ -103,7 +102,7 @@ class Tokenizer:
         for symbol in (self.start, self.end, pad):
             if symbol not in vocab:
                 raise InputError(
-                    f"{source}: the vocabulary has no {symbol!r}; it is not a {self.kind} tokenizer's"
+                    f"{source}: the vocabulary has no {symbol!r}; is it {self.kind}'s tokenizer?"
                 )
         self.vocab, self.max_length = vocab, max_length
         self.start_id, self.end_id, self.pad_id = vocab[self.start], vocab[self.end], vocab[pad]
@@ -118,16 +117,14 @@ class Tokenizer:
         """One more than the largest id in use."""
         return 1 + max([*self.vocab.values(), *(i for ids in self.placeholders.values() for i in ids)])
 
-    # Placeholder words
-    # ---------------------------------------------------------------------------------------
+    # Placeholder words ---
 
     def add_placeholder(self, word: str, ids: Iterable[int], *, replace: bool = False) -> None:
         """Let a word stand for the given ids, one for each of its vectors.
 
-        It is found wherever it stands alone: next to punctuation ("<toy>.", "(*)"), but a word made of
-            letters
-        or digits not inside a longer one ("sks" is not in "tasks"). Like all of CLIP it ignores the case. Of
-        two that could begin at the same place the longer is taken.
+        It is found wherever it stands alone: next to punctuation ("<toy>.", "(*)"), but a word of letters or
+        digits not inside a longer one ("sks" is not in "tasks"). The case is ignored. Of two words that could
+        begin at the same place the longer one is taken.
 
         Args:
             word: any text without line breaks, "<toy>", "*", "sks-7".
@@ -136,8 +133,7 @@ class Tokenizer:
 
         Raises:
             InputError: an empty word; one in use already; one that is a word of the vocabulary (such as
-                "cat",
-                which would lose its meaning), unless `replace` is set.
+                "cat", which would lose its meaning), unless `replace` is set.
         """
         key = clean(word)
         if not key:
@@ -152,7 +148,6 @@ class Tokenizer:
                     f"choose another, such as <{key}>"
                 )
         self.placeholders[key] = list(ids)
-
         self._placeholder_pattern = _pattern_of(self.placeholders)
 
     def remove_placeholder(self, word: str) -> None:
@@ -162,8 +157,7 @@ class Tokenizer:
         for other, ids in others.items():
             self.add_placeholder(other, ids, replace=True)
 
-    # Encoding
-    # ------------------------------------------------------------------------------------------------
+    # Encoding ---
 
     def _merge(self, word: str) -> list[str]:
         """Byte-pair encoding of one word: join the pair learned earliest, everywhere, until none is left."""

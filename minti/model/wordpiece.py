@@ -89,7 +89,7 @@ class WordPieceTokenizer(Tokenizer):
     ) -> None:
         super().__init__(vocab, merges=(), pad=PAD, max_length=max_length, source=source)
         if UNKNOWN not in vocab:
-            raise InputError(f"{source}: the vocabulary has no {UNKNOWN!r}; it is not a BERT tokenizer's")
+            raise InputError(f"{source}: the vocabulary has no {UNKNOWN!r}; is it BERT's tokenizer?")
         self.unknown_id = vocab[UNKNOWN]
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
