@@ -81,35 +81,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         find_words(argument)
     if args.images is None:
         raise InputError("--images must be given: the photos that the word was learned from")
-    processes = Processes.of_torchrun()
-    processes.join_to_wait()
-    args.device = processes.device(args.device)
-    photos = [photo.image for photo in load_photos(args.images)]
-    plan = plan_samples(args) if args.samples else plan_generation(args, style)
-    out = choose_out(args)
-    with WorkFolder(
-        out,
-        "minti.evaluate",
-        vars(args),
-        defaults=opts.defaults,
-        made=lambda settings: ("pictures", "grids", "evaluation.json", "plot.svg"),
-        may_differ=MAY_DIFFER,
-        signature=("references",),
-        active=processes.rank == 0,
-    ) as folder:
-        folder.check(resume=True, overwrite=args.overwrite)
-        folder.begin()
-        store = Store(out / "pictures")
-        processes.wait()
-        jobs = [job for jobs in plan.jobs.values() for job in jobs.values()]
-        make_all(jobs, plan.scorer, store, processes)
-        if processes.rank == 0:
-            benchmark = Benchmark.make(plan.scorer, photos, plan.prompts)
-            evaluations = score_all(plan, store, benchmark, args)
-            print(table(evaluations))
-            write_results(out, plan, store, evaluations)
-    processes.wait()
-    processes.leave()
+    processes = Processes.from_environment()
+    with processes.joined(for_barriers=True):
+        args.device = processes.device(args.device)
+        photos = [photo.image for photo in load_photos(args.images)]
+        plan = plan_samples(args) if args.samples else plan_generation(args, style)
+        out = choose_out(args)
+        with WorkFolder(
+            out,
+            "minti.evaluate",
+            vars(args),
+            defaults=opts.defaults,
+            made=lambda settings: ("pictures", "grids", "evaluation.json", "plot.svg"),
+            may_differ=MAY_DIFFER,
+            signature=("references",),
+            active=processes.rank == 0,
+        ) as folder:
+            folder.check(resume=True, overwrite=args.overwrite)
+            folder.begin()
+            store = Store(out / "pictures")
+            processes.wait()
+            jobs = [job for jobs in plan.jobs.values() for job in jobs.values()]
+            make_all(jobs, plan.scorer, store, processes)
+            if processes.rank == 0:
+                benchmark = Benchmark.make(plan.scorer, photos, plan.prompts)
+                evaluations = score_all(plan, store, benchmark, args)
+                print(table(evaluations))
+                write_results(out, plan, store, evaluations)
 
 
 def score_all(plan: Plan, store: Store, benchmark: Benchmark, args: argparse.Namespace) -> list[Evaluation]:

@@ -46,13 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.checkpoint is None:
         raise InputError("--checkpoint must be given; see --help")
     specs = word_specs(opts, args)
-    processes = Processes.of_torchrun()
+    processes = Processes.from_environment()
     with run_folder(args, opts.defaults, active=processes.rank == 0) as folder:
         if not folder.check(resume=args.resume, overwrite=args.overwrite):
             refuse_lost_start(out, specs)
-        processes.join()
-        done = learn_words(args, specs, folder, processes)
-        processes.leave()
+        with processes.joined():
+            done = learn_words(args, specs, folder, processes)
     if not done:
         raise KeyboardInterrupt
 

@@ -355,9 +355,8 @@ def test_the_vae_makes_way(run: Callable, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_gpu_of_a_process(
     asked: str, world: int, there: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert Processes(1, world).device(asked) == expected
+    assert Processes(1, world, 1).device(asked) == expected
 
 
 def test_the_device_that_was_asked_for_is_what_is_saved(

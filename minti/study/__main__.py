@@ -154,53 +154,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = Path(recipe).stem + "-quick" * args.quick
     out = Path(args.out or f"runs/study/{name}")
     clip = choose_clip(args.clip, args.checkpoint)
-    processes = Processes.of_torchrun()
-    processes.join_to_wait()
-    args.device = processes.device(args.device)
-    sd = load_model(args)
-    sd.check_weights()
-    sd.schedule.timesteps(plan.protocol.steps)
-    scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
-    judge = Judge.load(Path(args.checkpoint))
-    for target in plan.targets if judge else ():
-        judge.check(target.facts, target.name)
-    learner, store = Learner(sd, out, args.compile), Store(out / "pictures")
-    for ask in plan.asks:
-        if ask.variant:
-            learner.check(ask.variant)
-        else:
-            jobs_of(sd, scorer, plan, ask, ask.text)
-    args.made_of = models(sd, scorer) | {f"photos of {t.name}": digest(t.images) for t in plan.targets}
-    # Only now, with everything in order, is anything written or an old study cleared away.
-    made = ("words", "learning", "pictures", "strips", "study.json", "report.html")
-    folder = WorkFolder(
-        out,
-        "minti.study",
-        vars(args),
-        defaults=opts.defaults,
-        made=lambda settings: made,
-        may_differ=MAY_DIFFER,
-        signature=("setups",),
-        active=processes.rank == 0,
-    )
-    with folder:
-        folder.check(resume=True, overwrite=args.overwrite)
-        folder.begin()
-        processes.wait()
-        learn_all(learner, plan, args.words_at_once, processes)
-        words = add_words(sd, learner, plan.asks)
-        if args.compile:
-            sd.compile()
-        jobs = [jobs_of(sd, scorer, plan, a, words[a.variant][0] if a.variant else a.text) for a in plan.asks]
-        make_all([job for some in jobs for job in some.values()], scorer, store, processes)
-        if processes.rank == 0:
-            outcomes = []
-            for target in plan.targets:
-                own = [(ask, job) for ask, job in zip(plan.asks, jobs, strict=True) if ask.target is target]
-                outcomes += score(sd, scorer, judge, store, plan, own, words)
-            write_results(args, out, store, plan, jobs, outcomes, clip, judge)
-    processes.wait()
-    processes.leave()
+    processes = Processes.from_environment()
+    with processes.joined(for_barriers=True):
+        args.device = processes.device(args.device)
+        sd = load_model(args)
+        sd.check_weights()
+        sd.schedule.timesteps(plan.protocol.steps)
+        scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
+        judge = Judge.load(Path(args.checkpoint))
+        for target in plan.targets if judge else ():
+            judge.check(target.facts, target.name)
+        learner, store = Learner(sd, out, args.compile), Store(out / "pictures")
+        for ask in plan.asks:
+            if ask.variant:
+                learner.check(ask.variant)
+            else:
+                jobs_of(sd, scorer, plan, ask, ask.text)
+        args.made_of = models(sd, scorer) | {f"photos of {t.name}": digest(t.images) for t in plan.targets}
+        # Only now, with everything in order, is anything written or an old study cleared away.
+        made = ("words", "learning", "pictures", "strips", "study.json", "report.html")
+        folder = WorkFolder(
+            out,
+            "minti.study",
+            vars(args),
+            defaults=opts.defaults,
+            made=lambda settings: made,
+            may_differ=MAY_DIFFER,
+            signature=("setups",),
+            active=processes.rank == 0,
+        )
+        with folder:
+            folder.check(resume=True, overwrite=args.overwrite)
+            folder.begin()
+            processes.wait()
+            learn_all(learner, plan, args.words_at_once, processes)
+            words = add_words(sd, learner, plan.asks)
+            if args.compile:
+                sd.compile()
+            jobs = [
+                jobs_of(sd, scorer, plan, a, words[a.variant][0] if a.variant else a.text) for a in plan.asks
+            ]
+            make_all([job for some in jobs for job in some.values()], scorer, store, processes)
+            if processes.rank == 0:
+                outcomes = []
+                for target in plan.targets:
+                    own = [
+                        (ask, job) for ask, job in zip(plan.asks, jobs, strict=True) if ask.target is target
+                    ]
+                    outcomes += score(sd, scorer, judge, store, plan, own, words)
+                write_results(args, out, store, plan, jobs, outcomes, clip, judge)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """python tools/make_tiny STAGE --work DIR: make `weights/tiny`, from nothing, stage by stage."""
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +8,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-import torch.distributed as dist
 
 from minti.cli.command import run_command
 from minti.cli.options import Parser
+from minti.cli.processes import Processes
 from minti.errors import InputError
 from tools.make_tiny import data
 from tools.make_tiny.training import Run
@@ -43,6 +42,7 @@ def main(argv: Sequence[str] | None) -> None:
     args = parser.parse_args(argv)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     steps, lr, batch = DEFAULTS[args.stage]
+    processes = Processes.from_environment()
     run = Run(
         name=args.stage,
         work=args.work,
@@ -52,17 +52,16 @@ def main(argv: Sequence[str] | None) -> None:
         seed=args.seed,
         lr=args.lr or lr,
         batch=args.batch_size or batch,
-        rank=int(os.environ.get("RANK", 0)),
-        world=int(os.environ.get("WORLD_SIZE", 1)),
+        rank=processes.rank,
+        world=processes.world,
     )
-    if run.world > 1:
-        if args.stage != "unet" or run.batch % run.world:
-            raise InputError("several processes: only for the stage unet, which divides its batches evenly")
-        dist.init_process_group()
-    if args.stage == "world":
-        data.build(args.work, run.steps)
-    else:
-        importlib.import_module(f"tools.make_tiny.{args.stage}").stage(run)
+    if run.world > 1 and (args.stage != "unet" or run.batch % run.world):
+        raise InputError("several processes: only for the stage unet, which divides its batches evenly")
+    with processes.joined():
+        if args.stage == "world":
+            data.build(args.work, run.steps)
+        else:
+            importlib.import_module(f"tools.make_tiny.{args.stage}").stage(run)
     if run.interrupted:
         raise KeyboardInterrupt
 
