@@ -15,8 +15,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from minti.model import kernels
 from minti.model.attention import Attention, attention
-from minti.model.kernels import launch
-from minti.model.kernels.launch import flash_attention
+from minti.model.kernels import operator
+from minti.model.kernels.operator import flash_attention
 
 from .test_kernels import assert_same, inputs, reference, with_gradients
 
@@ -109,7 +109,7 @@ def test_heads_are_merged_for_free() -> None:
 @pytest.mark.parametrize("N,parts", [(128, 1), (128, 2), (100, 4)])
 def test_parts_add_up(N: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that share the queries of a block of keys, here 4 blocks of them."""
-    monkeypatch.setattr(launch, "PROGRAMS", parts)
+    monkeypatch.setattr(operator, "PROGRAMS", parts)
     x = inputs(N, 16, 40, H=1)
     actual = with_gradients(flash_attention, *x)
     assert_same(actual, reference(*x), 5e-6)
@@ -127,7 +127,10 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_to_one_graph(dynamic: bool, triton_chosen: None) -> None:
     compiled = torch.compile(
-        lambda q, k, v: 2 * attention(q, k, v), fullgraph=True, backend="aot_eager", dynamic=dynamic
+        lambda q, k, v: 2 * kernels.scaled_dot_product_attention(q, k, v),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=dynamic,
     )
     for N in (5, 9):
         x = inputs(N, 6, 40)
@@ -136,15 +139,21 @@ def test_compiled_to_one_graph(dynamic: bool, triton_chosen: None) -> None:
 
 
 def test_chosen_by_attention(triton_chosen: None) -> None:
-    q, k, v, _ = inputs(9, 9, 64)
-    assert torch.equal(attention(q, k, v), flash_attention(q, k, v))
+    def merged(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)  # (B, heads, N, d) -> (B, N, heads*d)
+
+    heads = inputs(9, 9, 64)[:3]
+    q, k, v = map(merged, heads)
+    assert torch.equal(attention(q, k, v, 2), merged(flash_attention(*heads)))
     for other in ({"causal": True}, {"upcast": True}):
-        o = attention(q, k, v, **other)
-        assert torch.equal(o, F.scaled_dot_product_attention(q, k, v, is_causal="causal" in other))
-        assert not torch.equal(o, flash_attention(q, k, v))
+        o = attention(q, k, v, 2, **other)
+        expected = F.scaled_dot_product_attention(*heads, is_causal="causal" in other)
+        assert torch.equal(o, merged(expected))
+        assert not torch.equal(o, merged(flash_attention(*heads)))
     for D in (8, 48, 512):  # widths it does not have
-        q, k, v, _ = inputs(9, 9, D)
-        assert torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+        heads = inputs(9, 9, D)[:3]
+        expected = merged(F.scaled_dot_product_attention(*heads))
+        assert torch.equal(attention(*map(merged, heads), 2), expected)
 
 
 @pytest.mark.parametrize("context", [None, 7])

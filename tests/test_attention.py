@@ -4,49 +4,53 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention as Reference
 
-from minti.model.attention import Attention, attention, merge_heads, split_heads
+from minti.model.attention import Attention, attention, fused_linear
 
 from .compare import assert_parity
 
 
-def formula(q, k, v, causal=False):
-    """softmax(q k^T / sqrt(d)) v, step by step in float64."""
-    logits = q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
-    if causal:
-        future = torch.ones(logits.shape[-2:]).triu(1).bool()
-        logits = logits.masked_fill(future, -torch.inf)
-    return (logits.softmax(-1) @ v.double()).to(q.dtype)
+def formula(q, k, v, heads, causal=False):
+    """softmax(q k^T / sqrt(d)) v, head by head and step by step in float64; head i has columns i d to (i + 1)
+    d.
+    """
+    d, outputs = q.shape[-1] // heads, []
+    for i in range(heads):
+        qi, ki, vi = (x[..., i * d : (i + 1) * d].double() for x in (q, k, v))
+        logits = qi @ ki.transpose(-1, -2) / d**0.5
+        if causal:
+            future = torch.ones(logits.shape[-2:]).triu(1).bool()
+            logits = logits.masked_fill(future, -torch.inf)
+        outputs.append(logits.softmax(-1) @ vi)
+    return torch.cat(outputs, dim=-1).to(q.dtype)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("upcast", [False, True])
 def test_formula(causal, upcast):
-    q, k, v = torch.randn(3, 2, 4, 11, 8)
-    assert_parity({"": (attention(q, k, v, causal=causal, upcast=upcast), formula(q, k, v, causal))})
+    q, k, v = torch.randn(3, 2, 11, 32)
+    assert_parity({"": (attention(q, k, v, 4, causal=causal, upcast=upcast), formula(q, k, v, 4, causal))})
 
 
 def test_cross_attention_lengths_differ():
-    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 77, 8), torch.randn(2, 4, 77, 8)
-    assert_parity({"": (attention(q, k, v), formula(q, k, v))})
+    q, k, v = torch.randn(2, 9, 32), torch.randn(2, 77, 32), torch.randn(2, 77, 32)
+    assert_parity({"": (attention(q, k, v, 4), formula(q, k, v, 4))})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_upcast_computes_in_float32(dtype):
     # Exact, since the only rounding is the one at the end; without upcast the weights are rounded as well.
-    q, k, v = torch.randn(3, 1, 2, 50, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    output = attention(q, k, v, upcast=True)
+    q, k, v = torch.randn(3, 1, 50, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    output = attention(q, k, v, 2, upcast=True)
     assert output.dtype == dtype
-    expected = attention(q.float(), k.float(), v.float()).to(dtype)
+    expected = attention(q.float(), k.float(), v.float(), 2).to(dtype)
     assert torch.equal(output, expected)
-    assert not torch.equal(attention(q, k, v), expected)
+    assert not torch.equal(attention(q, k, v, 2), expected)
 
 
-def test_heads_split_in_order():
-    x = torch.arange(2 * 3 * 8).reshape(2, 3, 8)
-    heads = split_heads(x, 4)
-    assert heads.shape == (2, 4, 3, 2)
-    assert heads[1, 2, 0].tolist() == x[1, 0, 4:6].tolist()
-    assert torch.equal(merge_heads(heads), x)
+def test_fused_linear():
+    layers = [torch.nn.Linear(5, n) for n in (2, 4, 3)]
+    x = torch.randn(2, 7, 5)
+    assert_parity({"": (fused_linear(layers, x), torch.cat([layer(x) for layer in layers], dim=-1))})
 
 
 @pytest.mark.parametrize("context_dim", [None, 20])

@@ -16,7 +16,6 @@ import torch
 
 from minti.errors import InputError
 from minti.formats.vocabulary import read_tokenizer
-from minti.model import kernels
 from minti.model.config import TextConfig, UNetConfig, VAEConfig
 from tools.bench import main
 from tools.benchmark import floor, ours, parts, theirs
@@ -169,10 +168,10 @@ def test_attention_of_sd15():
 
 
 def test_attention_table(monkeypatch):
-    """All but the kernel itself, which `timings` runs on a GPU."""
+    """All but the kernel itself, which runs on a GPU."""
     pytest.importorskip("triton")
-    monkeypatch.setattr("minti.model.kernels.launch.supports", lambda q, k, v: q.shape[3] != 40)
-    monkeypatch.setattr(kernels, "timings", lambda *case: {"sdpa": 3.0, "triton": 2.0})
+    monkeypatch.setattr("minti.model.kernels.operator.supports", lambda q, k, v: q.shape[3] != 40)
+    monkeypatch.setattr(parts, "attention_seconds", lambda *case: {"sdpa": 3.0, "triton": 2.0})
     job = replace(SD15, dtype="bfloat16", size=64)
     bench = SimpleNamespace(args=SimpleNamespace(device="cuda"), jobs=lambda: [job])
     (table,) = parts.attention(bench)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
+from minti.errors import InputError
 from minti.model.attention import Attention
 from minti.model.blocks import timestep_embedding
 
@@ -45,9 +46,9 @@ def test_time_and_words_once_for_all_steps():
     reference = oracles.unet("sd1")
     unet = compare.ours(reference)
     x, context, times = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 64), torch.tensor([981, 500, 1])
-    words, time = unet.embed_context(context), unet.embed_time(times)
+    context_kv, time_shifts = unet.embed_context(context), unet.embed_time(times)
     for i, t in enumerate(times):
-        output = unet.denoise(x, [part[i : i + 1] for part in time], words)
+        output = unet.denoise(x, time_shifts[i : i + 1], context_kv)
         assert_parity(
             {
                 "diffusers": (output, reference(x, t, context).sample),
@@ -75,7 +76,7 @@ def test_upcast_attention_reaches_every_layer(upcast):
 
 def test_sdxl_needs_its_conditions():
     unet = compare.ours(oracles.unet("sdxl"))
-    with pytest.raises(ValueError, match="pooled text"):
+    with pytest.raises(InputError, match="pooled text"):
         unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 77, 64))
 
 

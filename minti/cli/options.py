@@ -69,7 +69,7 @@ class Options:
         self.add(group, "--prediction-type", choices=kinds, help="overrides what the checkpoint says")
         self.add(group, "--device", "auto", help="auto, cpu, cuda, cuda:N or mps")
         self.add(group, "--dtype", "auto", choices=["auto", *DTYPES], help="number format of the weights")
-        text = "sdpa: PyTorch's; triton: minti's own; auto: for each shape the faster, rounding may vary"
+        text = "sdpa: PyTorch's; triton: minti's own kernel, for NVIDIA GPUs"
         self.add(group, "--attention", "sdpa", choices=kernels.METHODS, help=text)
         text = "decode pictures larger than this in tiles: less memory, slightly different colours"
         self.add(group, "--vae-tile", type=number(int, 64), metavar="PX", help=text)

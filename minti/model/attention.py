@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, and the multi-head module that the UNet and the autoencoder share."""
+"""Multi-head attention, as the text encoder, the UNet and the autoencoder use it."""
 
 from __future__ import annotations
 
@@ -11,48 +11,54 @@ from torch import Tensor, nn
 from . import kernels
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, upcast: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, equation 1 of Vaswani et al. 2017 (arXiv 1706.03762).
-
-    PyTorch computes it, or our own kernel if `kernels.use` has been told so.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool = False, upcast: bool = False
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v in each head: Vaswani et al. 2017 (arXiv 1706.03762), equation 1.
 
     Args:
-        q: (B, heads, N, d) queries.
-        k, v: (B, heads, M, d) keys and values.
-        causal: position n sees only positions up to n.
+        q: (B, N, heads*d) queries, the channels of the heads side by side.
+        k, v: (B, M, heads*d) keys and values.
+        heads: the number of heads.
+        causal: position n attends to positions 0 to n only.
         upcast: compute in float32, for models whose logits overflow half precision.
 
     Returns:
-        (B, heads, N, d), in the dtype of q.
+        (B, N, heads*d), in the dtype of q.
     """
-    if not (causal or upcast) and kernels.chosen(q, k, v):
-        return kernels.flash_attention(q, k, v)
     dtype = q.dtype
     if upcast:
         q, k, v = q.float(), k.float(), v.float()
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).to(dtype)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # -> (B, heads, N or M, d)
+    compute = F.scaled_dot_product_attention if upcast else kernels.scaled_dot_product_attention
+    out = compute(q, k, v, is_causal=causal)
+    return out.transpose(1, 2).flatten(2).to(dtype)  # (B, heads, N, d) -> (B, N, heads*d)
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, N, heads*d) -> (B, heads, N, d)
+def fused_linear(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
+    """Apply several layers to the same input in one matrix product.
 
+    Args:
+        layers: linear layers of the same input width, all with a bias or all without.
+        x: (..., in_features).
 
-def merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)  # (B, heads, N, d) -> (B, N, heads*d)
-
-
-def fused_linear(layers: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
-    """What each of several layers makes of the same (..., dim) input, in one matrix product."""
+    Returns:
+        (..., sum of the out_features): the outputs side by side, in the order of the layers.
+    """
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+    return F.linear(x, weight, bias)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself or, in the UNet, to the words of the prompt.
+    """Multi-head attention of a sequence to itself or, in the UNet, to the tokens of the prompt.
 
-    The keys and values of the prompt may be given, because they stay the same through all the steps of
-    sampling and need to be computed once only; see `UNet.embed_context`.
+    Args:
+        dim: channels of the sequence, and of all heads together.
+        context_dim: channels of what the keys and values are projected from.
+        heads: the number of heads; each has dim / heads channels.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        upcast: see `attention`.
     """
 
     def __init__(
@@ -66,7 +72,15 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, N, dim) -> (B, N, dim), attending to x itself or to keys and values, each (B, M, dim)."""
+        """Attend to `x` itself, or to the given keys and values.
+
+        Args:
+            x: (B, N, dim).
+            kv: keys and values of the prompt, each (B, M, dim). They are the same in all steps of sampling,
+                so they are projected outside of this module, once; see `UNet.embed_context`.
+
+        Returns:
+            (B, N, dim)
+        """
         k, v = (self.to_k(x), self.to_v(x)) if kv is None else kv
-        q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), k, v))
-        return self.to_out(merge_heads(attention(q, k, v, upcast=self.upcast)))
+        return self.to_out(attention(self.to_q(x), k, v, self.heads, upcast=self.upcast))

@@ -1,13 +1,14 @@
-"""What the denoiser and the autoencoder are built of: time embedding, residual and transformer blocks.
+"""The building blocks of the denoiser and the autoencoder: time embedding, residual and transformer blocks.
 
-Pictures are (B, C, H, W) where they meet convolutions, and (B, HW, C), a sequence of pixels, where they meet
-attention. A transformer block lets every pixel look at all pixels, and then at the words of the prompt.
+Feature maps are (B, C, H, W) where they meet convolutions, and (B, HW, C), sequences of pixels, where they
+meet attention. GroupNorm has an eps of 1e-5 in the UNet's residual blocks, and of 1e-6 in the transformers
+and everywhere in the autoencoder, as in the code that the public weights were trained with
+(CompVis/latent-diffusion).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,29 +17,26 @@ from torch import Tensor, nn
 from .attention import Attention
 from .config import UNetConfig
 
-KeyValue = tuple[Tensor, Tensor]
-
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of t at `dim / 2` frequencies from 1 down to 1/10000, cosines first (DDPM, arXiv 2006.11239).
+    """Cosines and sines of t at dim / 2 frequencies, from 1 falling to 1/10000 (DDPM, arXiv 2006.11239).
 
     Args:
         t: (N,) numbers, integers or not.
         dim: width of the embedding, even.
 
     Returns:
-        (N, dim) float32.
+        (N, dim) float32, all cosines before all sines.
     """
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
+    exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
+    frequencies = torch.exp(-math.log(10000) * exponents)
     angles = t[:, None].float() * frequencies  # (N,) -> (N, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, dim)
 
 
 class TimeEmbedding(nn.Module):
-    """A small perceptron on top of the sinusoids."""
+    """A perceptron with one hidden layer on top of the sinusoids: (N, dim) -> (N, hidden_dim)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -50,7 +48,13 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut. `time_dim` None: no time step, as in the autoencoder."""
+    """Two normalised 3x3 convolutions with a shortcut around them (He et al., arXiv 1603.05027).
+
+    Args:
+        c_in, c_out: channels before and after.
+        groups, eps: of the GroupNorms.
+        time_dim: width of the time embedding; None in the autoencoder, whose blocks know no time step.
+    """
 
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_dim: int | None = None) -> None:
         super().__init__()
@@ -62,7 +66,12 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, time_shift: Tensor | None = None) -> Tensor:
-        """(B, c_in, H, W), and `time_shift` (B or 1, c_out) from `time_emb_proj` -> (B, c_out, H, W)."""
+        """(B, c_in, H, W) -> (B, c_out, H, W).
+
+        Args:
+            time_shift: (B or 1, c_out), what `time_emb_proj` makes of the time embedding. It is added to
+                every pixel between the two convolutions.
+        """
         h = self.conv1(F.silu(self.norm1(x)))
         if time_shift is not None:
             h = h + time_shift[:, :, None, None]
@@ -71,31 +80,35 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halve the height and width, rounding up: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)  # (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))
+        return self.conv(x)
 
 
 class Upsample(nn.Module):
+    """Enlarge by repeating pixels, then smooth with a convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, 2H, 2W), or to `size`, the (H, W) of the level above where that was odd."""
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W), or to `size`, which is one less where `Downsample` rounded up."""
         scale = 2.0 if size is None else None
         return self.conv(F.interpolate(x, size=size, scale_factor=scale, mode="nearest"))
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by a second one (Shazeer 2020, arXiv 2002.05202); one matrix holds both."""
+    """A linear layer gated by another (Shazeer 2020, arXiv 2002.05202): (..., dim) -> (..., hidden_dim)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * hidden_dim)
+        self.proj = nn.Linear(dim, 2 * hidden_dim)  # both layers in one matrix
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -103,9 +116,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The perceptron of a transformer block, applied to every pixel by itself: (B, N, dim) -> (B, N, dim)."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # The middle entry keeps the place of the checkpoints' dropout, which is zero.
+        # The middle entry keeps the place of the checkpoints' dropout, whose rate is zero.
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +128,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pixels attend to each other, then to the words, then each one thinks for itself."""
+    """Self-attention of the pixels, cross-attention to the prompt, and a perceptron, each with a shortcut."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, upcast: bool) -> None:
         super().__init__()
@@ -124,14 +139,27 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context_kv: KeyValue) -> Tensor:
+    def forward(self, x: Tensor, context_kv: Tensor) -> Tensor:
+        """(B, N, dim) -> (B, N, dim).
+
+        Args:
+            context_kv: (B, L, 2*dim), what `attn2` projects the prompt to: keys, then values.
+        """
+        k, v = context_kv.chunk(2, dim=-1)
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context_kv)
+        x = x + self.attn2(self.norm2(x), (k, v))
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, around a shortcut."""
+    """Transformer blocks over the pixels of a feature map, with a shortcut around all of them.
+
+    Args:
+        config: of the UNet.
+        channels: of the feature map, and in all attention heads together.
+        heads: the number of attention heads.
+        depth: the number of transformer blocks.
+    """
 
     def __init__(self, config: UNetConfig, channels: int, heads: int, depth: int) -> None:
         super().__init__()
@@ -145,10 +173,15 @@ class SpatialTransformer(nn.Module):
             for _ in range(depth)
         )
 
-    def forward(self, x: Tensor, context_kv: Sequence[KeyValue]) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); `context_kv` has keys and values for each transformer block."""
+    def forward(self, x: Tensor, context_kv: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W).
+
+        Args:
+            context_kv: (B, L, depth*2*C), for each transformer block its keys and values of the prompt.
+        """
         h = self._project(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))  # (B, C, H, W) -> (B, HW, C)
-        for block, kv in zip(self.transformer_blocks, context_kv, strict=True):
+        parts = context_kv.chunk(len(self.transformer_blocks), dim=-1)
+        for block, kv in zip(self.transformer_blocks, parts, strict=True):
             h = block(h, kv)
         h = self._project(self.proj_out, h)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, HW, C) -> (B, C, H, W)

@@ -1,9 +1,9 @@
-"""CLIP (Radford et al. 2021, arXiv 2103.00020): a text and an image encoder around one transformer.
+"""CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020, section 2.4), and the transformer in it.
 
-The text encoder turns token ids into one vector a token. Stable Diffusion 1 uses OpenAI's ViT-L/14, Stable
-Diffusion 2 OpenCLIP's ViT-H/14 without its last layer; both are this code with another `TextConfig`. Textual
-Inversion acts on its very first step, the table that turns a token id into a vector. The image encoder takes
-no part in making pictures; it judges them.
+The text encoder turns token ids into one vector a token. Stable Diffusion 1 uses OpenAI's ViT-L/14, and
+Stable Diffusion 2 OpenCLIP's ViT-H/14 without its last layer (`layer: "penultimate"` in the configs of
+Stability-AI/stablediffusion); both are this code with another `TextConfig`. Textual Inversion acts on the
+very first step, the table that turns a token id into a vector.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention, merge_heads, split_heads
+from .attention import attention
 from .config import TextConfig, VisionConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of the Gaussian error linear unit."""
+    """OpenAI's approximation of the Gaussian error linear unit (arXiv 1606.08415): x sigmoid(1.702 x)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -27,6 +27,13 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class CLIPAttention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D).
+
+    Args:
+        causal: whether a position attends only to itself and to those before it. CLIP's text encoder does, so
+            that it could be trained as a language model as well (arXiv 2103.00020, section 2.4).
+    """
+
     def __init__(self, config: TextConfig | VisionConfig, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal = config.num_attention_heads, causal
@@ -36,11 +43,13 @@ class CLIPAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(merge_heads(attention(q, k, v, causal=self.causal)))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attention(q, k, v, self.heads, causal=self.causal))
 
 
 class CLIPMLP(nn.Module):
+    """The perceptron of a layer, applied to every position by itself: (B, N, D) -> (B, N, D)."""
+
     def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -52,6 +61,8 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(nn.Module):
+    """A pre-norm transformer layer, attention and perceptron with a shortcut each: (B, N, D) -> (B, N, D)."""
+
     def __init__(self, config: TextConfig | VisionConfig, causal: bool) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -65,13 +76,14 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The stack of layers. Returns its output and, for SDXL, what went into the last layer."""
+    """The stack of layers."""
 
     def __init__(self, config: TextConfig | VisionConfig, causal: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(CLIPLayer(config, causal) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) -> the output of the last layer and, for SDXL, its input, both (B, N, D)."""
         penultimate = x
         for layer in self.layers:
             penultimate = x
@@ -79,26 +91,27 @@ class CLIPEncoder(nn.Module):
         return x, penultimate
 
 
-def table(rows: int, dim: int) -> nn.Embedding:
-    """A table of random vectors; as `nn.Embedding`, which imports all of PyTorch's compiler where it only has
-    to pretend, on the meta device."""
+def embedding_table(rows: int, dim: int) -> nn.Embedding:
+    """`nn.Embedding(rows, dim)`, which on the meta device would import all of PyTorch's compiler: seconds."""
     weight = torch.empty(rows, dim)
     return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
 
 
 class TextEmbeddings(nn.Module):
+    """The sum of a vector for each token and one for each position: (B, L) ids -> (B, L, D)."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.token_embedding = table(config.vocab_size, config.hidden_size)
-        self.position_embedding = table(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = embedding_table(config.vocab_size, config.hidden_size)
+        self.position_embedding = embedding_table(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return (
-            self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-        )  # (B, L) -> (B, L, D)
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class TextTransformer(nn.Module):
+    """Embeddings, layers and the final norm."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embeddings = TextEmbeddings(config)
@@ -106,41 +119,49 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) ids -> the last layer, normalised, and the one before it as it is, both (B, L, D)."""
         x, penultimate = self.encoder(self.embeddings(ids))
         return self.final_layer_norm(x), penultimate
 
 
 class TextOutput(NamedTuple):
-    """What the text encoder says about a batch of prompts of L tokens."""
+    """What the text encoder makes of a batch of prompts of L tokens.
 
-    context: Tensor  # (B, L, D): the last layer, normalised; what the UNet of SD 1.x and 2.x attends to
-    penultimate: Tensor  # (B, L, D): the last layer but one, not normalised; SDXL's context
-    pooled: Tensor  # (B, D): context at the end token; or (B, P), projected, where there is a text_projection
+    Attributes:
+        context: (B, L, D), the last layer, normalised. The UNets of SD 1.x and 2.x attend to it.
+        penultimate: (B, L, D), the last layer but one, not normalised. SDXL's UNet attends to it.
+        pooled: (B, D), the context at the end token; projected, (B, P), where there is a text_projection.
+    """
+
+    context: Tensor
+    penultimate: Tensor
+    pooled: Tensor
 
 
 class CLIPTextModel(nn.Module):
-    """CLIP's text encoder; module names are the key names of public checkpoints."""
+    """CLIP's text encoder. Modules have the key names of public checkpoints."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
         self.text_model = TextTransformer(config)
-        self.text_projection = (
-            nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-            if config.projection_dim
-            else None
-        )
+        self.text_projection = None
+        if config.projection_dim:
+            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     @property
     def token_embedding(self) -> nn.Module:
-        """The table of word vectors, (vocab_size, D): where Textual Inversion adds its rows."""
+        """The table of token vectors, (vocab_size, D), to which Textual Inversion adds its rows."""
         return self.text_model.embeddings.token_embedding
 
     def forward(self, ids: Tensor) -> TextOutput:
-        """Encode token ids, (B, L) int64 with L at most 77.
+        """Encode prompts.
 
-        The pooled vector is read at the first end token of each prompt. (Looking for the largest id, as
-        CLIP's own code does, goes wrong once placeholder words with larger ids exist.)
+        The pooled vector is read at the first end token of each prompt. (CLIP's own code looks for the
+        largest id, which goes wrong once there are placeholder words, whose ids are larger.)
+
+        Args:
+            ids: (B, L) int64 from the tokenizer, L at most 77.
         """
         context, penultimate = self.text_model(ids)
         end = (ids == self.config.eos_token_id).int().argmax(dim=1)  # (B, L) -> (B,)

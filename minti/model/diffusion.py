@@ -1,8 +1,8 @@
-"""The noise schedule and the sampler: how a picture is dissolved into noise, and how one is made out of it.
+"""The noise schedule, by which a latent is dissolved into noise, and the DDIM sampler, which goes back.
 
-Symbols as in the papers: x0 a clean latent, eps standard normal noise, t a time step from 0 to T - 1,
-alphas_cumprod[t] (written alpha-bar in DDPM, arXiv 2006.11239, and alpha in DDIM, arXiv 2010.02502) the share
-of the variance that is still picture at time t.
+Symbols as in the papers: x0 a clean latent, eps standard normal noise, t a time step from 0 to T - 1, and
+alphas_cumprod[t] the share of the variance of x_t that is still x0. DDPM (arXiv 2006.11239) writes it as
+alpha-bar, DDIM (arXiv 2010.02502) as alpha.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .config import ScheduleConfig
 
 
 class Schedule:
-    """The forward process q(x_t | x_0) and its deterministic or stochastic reversal.
+    """The forward process q(x_t | x_0), and its deterministic or stochastic reversal.
 
     Attributes:
-        config: where it comes from.
+        config: the settings it is computed from.
         alphas_cumprod: (T,) float32, computed in float64.
     """
 
@@ -44,18 +44,41 @@ class Schedule:
         return alpha.sqrt(), (1 - alpha).sqrt()
 
     def q_sample(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = sqrt(alpha-bar_t) x0 + sqrt(1 - alpha-bar_t) eps: DDPM, equation 4. (B, C, h, w), t (B,)."""
+        """x_t = sqrt(alpha-bar_t) x0 + sqrt(1 - alpha-bar_t) eps (DDPM, equation 4).
+
+        Args:
+            x0, eps: (B, C, h, w) clean latents and noise.
+            t: (B,) int64.
+
+        Returns:
+            (B, C, h, w)
+        """
         signal, noise = self.signal_and_noise(t)
         return signal * x0 + noise * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the UNet should predict: eps, or x0, or v = signal eps - noise x0 (arXiv 2202.00512)."""
+        """What the UNet should predict: eps, or x0, or v = signal eps - noise x0 (arXiv 2202.00512, appendix
+        D).
+
+        The arguments and the result have the shapes of `q_sample`.
+        """
         signal, noise = self.signal_and_noise(t)
-        kind = self.config.prediction_type
-        return eps if kind == "epsilon" else x0 if kind == "sample" else signal * eps - noise * x0
+        if self.config.prediction_type == "epsilon":
+            return eps
+        if self.config.prediction_type == "sample":
+            return x0
+        return signal * eps - noise * x0
 
     def x0_and_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The picture and the noise that the UNet's prediction at x_t amounts to."""
+        """The clean latents and the noise that a prediction at x_t stands for: the inverse of `target`.
+
+        Args:
+            prediction, x_t: (B, C, h, w), the UNet's output and its input.
+            t: (B,) int64, or one time step for all.
+
+        Returns:
+            x0 and eps, both (B, C, h, w), of which `q_sample` would make x_t.
+        """
         signal, noise = self.signal_and_noise(t)
         if self.config.prediction_type == "epsilon":
             return (x_t - noise * prediction) / signal, prediction
@@ -63,13 +86,16 @@ class Schedule:
             return prediction, (x_t - signal * prediction) / noise
         return signal * x_t - noise * prediction, noise * x_t + signal * prediction
 
-    def timesteps(self, steps: int) -> list[int]:
-        """The time steps a sampler of `steps` steps visits, from noise to picture.
+    def timesteps(self, steps: int) -> list[tuple[int, int]]:
+        """The steps a sampler takes, from noise to picture, as pairs (t, t_prev) of where it is and where it
+        goes.
 
         The three spacings are those of public scheduler configs (Lin et al. 2023, arXiv 2305.08891, table 2).
+        Whatever the spacing, t_prev lies T / steps before t, as in the public samplers; behind the last step
+        it is negative, see `ddim_step`.
 
         Raises:
-            InputError: where there are not that many.
+            InputError: the schedule does not have that many steps.
         """
         T, offset = self.config.num_train_timesteps, self.config.steps_offset
         most = T - offset if self.config.timestep_spacing == "leading" else T
@@ -82,19 +108,23 @@ class Schedule:
         else:
             # Rounding may give one more than was asked for, behind the last.
             ascending = np.arange(T, 0, -T / steps)[:steps].round()[::-1] - 1
-        return [int(t) for t in ascending[::-1]]
+        return [(int(t), int(t) - T // steps) for t in ascending[::-1]]
 
     def ddim_step(
         self, prediction: Tensor, x_t: Tensor, t: int, t_prev: int, eta: float, noise: Tensor
     ) -> Tensor:
-        """One step of DDIM, equation 12: from x_t to the x of the earlier time t_prev.
+        """One step of DDIM, from x_t to the x of the earlier time t_prev (equation 12, sigma as in equation
+        16).
 
         Args:
-            prediction: what the UNet says about x_t.
+            prediction: (B, C, h, w), the UNet's output for x_t.
             x_t: (B, C, h, w) float32.
             t, t_prev: time steps; t_prev < 0 means the end: x0 itself, or t = 0 if the checkpoint says so.
             eta: 0 is deterministic, 1 has the variance of DDPM.
             noise: like x_t; not looked at where eta is 0.
+
+        Returns:
+            (B, C, h, w) float32
         """
         alpha = self._alphas[t]
         end = 1.0 if self.config.set_alpha_to_one else self._alphas[0]
@@ -112,20 +142,23 @@ class Schedule:
         eta: float = 0.0,
         generators: Sequence[torch.Generator] | None = None,
     ) -> Iterator[Tensor]:
-        """Sample, yielding each x_t on the way: `steps` tensors, of which the last is the picture.
+        """Sample, yielding every x_t on the way.
 
         Args:
-            predict: (x_t, i) -> the UNet's output for step i, at time `timesteps(steps)[i]`.
+            predict: (x_t, t) -> the UNet's output, (B, C, h, w).
             x_T: (B, C, h, w) float32 standard normal noise.
-            generators: one for each picture, continued for the noise of eta > 0.
+            steps: how many steps to take.
+            eta: see `ddim_step`.
+            generators: one for each picture, for the noise of eta > 0.
+
+        Yields:
+            (B, C, h, w) float32, `steps` times; the last is the clean latent.
         """
         x_t = x_T
-        for i, t in enumerate(self.timesteps(steps)):
-            prediction = predict(x_t, i).float()
+        for t, t_prev in self.timesteps(steps):
+            prediction = predict(x_t, t).float()
             noise = torch.zeros_like(x_t)
             if eta:
                 noise = torch.cat([torch.randn(x_t[:1].shape, generator=g) for g in generators]).to(x_t)
-            # The public samplers go back by the same distance everywhere, even where the spacing varies.
-            t_prev = t - self.config.num_train_timesteps // steps
             x_t = self.ddim_step(prediction, x_t, t, t_prev, eta, noise)
             yield x_t

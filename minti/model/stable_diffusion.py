@@ -196,17 +196,18 @@ class StableDiffusion:
         texts = [negative_prompt] * len(prompts) * guided + list(prompts)
         different = list(dict.fromkeys(texts))
         context = self.encode_prompt(different)[[different.index(text) for text in texts]]
-        times = torch.tensor(self.schedule.timesteps(steps), device=device)
         # All that depends on the prompts or on the time, for all steps at once.
         context_kv = self.unet.embed_context(context)
-        time_shifts = self.unet.embed_time(times)
+        times = [t for t, _ in self.schedule.timesteps(steps)]
+        time_shifts = self.unet.embed_time(torch.tensor(times, device=device)).split(1)
+        time_shifts = dict(zip(times, time_shifts, strict=True))
         extra = self.inpainting_channels(x_T)
 
-        def predict(x_t: Tensor, i: int) -> Tensor:
+        def predict(x_t: Tensor, t: int) -> Tensor:
             x = torch.cat([x_t.to(self.dtype), *extra], dim=1)
             x = torch.cat([x, x]) if guided else x
-            output = self.unet.denoise(x, [shift[i : i + 1] for shift in time_shifts], context_kv).float()
-            if i == 0:
+            output = self.unet.denoise(x, time_shifts[t], context_kv).float()
+            if t == times[0]:
                 self._check(output, "UNet")
             if not guided:
                 return output

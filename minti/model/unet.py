@@ -1,16 +1,17 @@
-"""The denoiser eps_theta(x_t, t, context): a UNet with cross-attention (Rombach et al., arXiv 2112.10752).
+"""The denoiser eps_theta(x_t, t, c): a UNet with cross-attention (Rombach et al., arXiv 2112.10752, section
+3.3).
 
-It looks at a noisy latent picture at several resolutions. On the way down every level is a few residual
-blocks, then a halving of the resolution; on the way up it is the mirror image, and each block also sees what
-the block opposite put aside. Two things steer it: the time step t, added inside every residual block, and the
-words of the prompt, which the transformer blocks attend to. Neither depends on the picture, so both are
-computed by methods of their own (`embed_time`, `embed_context`), which sampling calls once for all steps;
-`denoise` does the rest.
+It looks at a noisy latent picture at several resolutions. On the way down, every level is a few residual
+blocks and a halving of the resolution. The way up is the mirror image, and each of its residual blocks also
+sees what the residual block opposite has put out (the skip connections of Ronneberger et al., arXiv
+1505.04597). Two things steer it: the time step t, added inside every residual block, and the prompt, which
+the transformer after each residual block attends to. What the layers make of these two does not depend on the
+picture, so it is computed for all layers at once (`embed_time`, `embed_context`), in sampling even for all
+steps at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
@@ -18,21 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import InputError
 from .attention import fused_linear
-from .blocks import (
-    Downsample,
-    KeyValue,
-    ResnetBlock,
-    SpatialTransformer,
-    TimeEmbedding,
-    Upsample,
-    timestep_embedding,
-)
+from .blocks import Downsample, ResnetBlock, SpatialTransformer, TimeEmbedding, Upsample, timestep_embedding
 from .config import UNetConfig
 
 
 class UNetBlock(nn.Module):
-    """One level of the way down or up, or the middle; `UNet.denoise` runs it.
+    """One level of the way down or up, or the middle.
 
     Args:
         resnets: (c_in, c_out) of each residual block.
@@ -55,22 +49,65 @@ class UNetBlock(nn.Module):
             ResnetBlock(c_in, c_out, config.norm_num_groups, config.norm_eps, time_dim)
             for c_in, c_out in resnets
         )
+        transformers = transformers if depth else 0
         self.attentions = nn.ModuleList(
-            SpatialTransformer(config, channels, heads, depth) for _ in range(transformers if depth else 0)
+            SpatialTransformer(config, channels, heads, depth) for _ in range(transformers)
         )
         self.downsamplers = nn.ModuleList([Downsample(channels)] if resample is Downsample else [])
         self.upsamplers = nn.ModuleList([Upsample(channels)] if resample is Upsample else [])
+        self.shift_width = channels * len(resnets)  # of its part of `embed_time`
+        self.kv_width = 2 * channels * depth * transformers  # of its part of `embed_context`
 
-    @property
-    def layers(self) -> list[tuple[ResnetBlock, SpatialTransformer | None]]:
-        return list(zip_longest(self.resnets, self.attentions))
+    def forward(
+        self,
+        x: Tensor,
+        time_shifts: Tensor,
+        context_kv: Tensor,
+        skips: list[Tensor] | None = None,
+        recompute: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the layers of the block.
+
+        Args:
+            x: (B, C, H, W).
+            time_shifts: (B or 1, shift_width), a shift for each residual block.
+            context_kv: (B, L, kv_width), keys and values of the prompt for each transformer.
+            skips: on the way up, the outputs of the way down; those the block uses are removed from the end.
+            recompute: compute the layers again in the backward pass instead of keeping their activations.
+
+        Returns:
+            The output (B, C', H', W'), and those of all its layers, the change of resolution included.
+        """
+        shifts = time_shifts.chunk(len(self.resnets), dim=-1)
+        kvs = context_kv.chunk(len(self.attentions), dim=-1) if self.attentions else ()
+        outputs = []
+        for layer in zip_longest(self.resnets, shifts, self.attentions, kvs):
+            if skips is not None:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = checkpoint(run_layer, x, *layer, use_reentrant=False) if recompute else run_layer(x, *layer)
+            outputs.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            outputs.append(x)
+        for upsample in self.upsamplers:
+            x = upsample(x, skips[-1].shape[2:])
+        return x, outputs
+
+
+def run_layer(
+    x: Tensor, resnet: ResnetBlock, shift: Tensor, transformer: SpatialTransformer | None, kv: Tensor | None
+) -> Tensor:
+    """A residual block, and the transformer that may follow it: (B, c_in, H, W) -> (B, c_out, H, W)."""
+    x = resnet(x, shift)
+    return x if transformer is None else transformer(x, kv)
 
 
 class UNet(nn.Module):
-    """The UNet of Stable Diffusion 1.x, 2.x, their inpainting variants, and SDXL.
+    """The UNet of Stable Diffusion 1.x and 2.x, of their inpainting variants, and of SDXL.
 
-    Module names are the key names of diffusers checkpoints. With `gradient_checkpointing` set, the backward
-    pass computes every block once more instead of remembering its insides: less memory, a third more time.
+    Modules have the key names of diffusers checkpoints. With `gradient_checkpointing` set, the backward pass
+    computes every layer once more instead of keeping its activations (Chen et al., arXiv 1604.06174): less
+    memory, a third more time.
     """
 
     gradient_checkpointing = False
@@ -88,13 +125,12 @@ class UNet(nn.Module):
             self.add_embedding = TimeEmbedding(config.projection_class_embeddings_input_dim, time_dim)
 
         self.down_blocks = nn.ModuleList()
-        skips = [channels[0]]  # channels of each feature map put aside for the way up
+        skips = [channels[0]]  # channels of each output of the way down
         for i, (c, heads, depth) in enumerate(levels):
             last = i == len(levels) - 1
             resnets = [(skips[-1], c)] + [(c, c)] * (layers - 1)
-            self.down_blocks.append(
-                UNetBlock(config, resnets, heads, depth, layers, None if last else Downsample)
-            )
+            resample = None if last else Downsample
+            self.down_blocks.append(UNetBlock(config, resnets, heads, depth, layers, resample))
             skips += [c] * (layers if last else layers + 1)
 
         self.mid_block = None
@@ -109,90 +145,85 @@ class UNet(nn.Module):
             for _ in range(layers + 1):
                 resnets.append((below + skips.pop(), c))
                 below = c
-            last = i == len(levels) - 1
-            self.up_blocks.append(
-                UNetBlock(config, resnets, heads, depth, layers + 1, None if last else Upsample)
-            )
+            resample = None if i == len(levels) - 1 else Upsample
+            self.up_blocks.append(UNetBlock(config, resnets, heads, depth, layers + 1, resample))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def _blocks(self) -> list[UNetBlock]:
+    @property
+    def blocks(self) -> list[UNetBlock]:
         """All blocks in the order of the forward pass."""
-        return [*self.down_blocks, *([self.mid_block] if self.mid_block is not None else []), *self.up_blocks]
+        middle = [] if self.mid_block is None else [self.mid_block]
+        return [*self.down_blocks, *middle, *self.up_blocks]
 
-    def embed_time(self, t: Tensor, added: tuple[Tensor, Tensor] | None = None) -> Sequence[Tensor]:
-        """What each residual block adds for time steps t.
+    def embed_time(self, t: Tensor, added: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Compute what each residual block adds for the time steps t.
 
         Args:
             t: (N,) time steps; N is the batch, or 1 for a whole batch, or the steps of a sampling run.
-            added: SDXL's extra conditions: pooled text (N, P) and sizes and crops in pixels (N, 6).
+            added: SDXL's further conditions: pooled text (N, P), and sizes and crops in pixels (N, 6).
 
         Returns:
-            The shift of every residual block, in the order of the forward pass, (N, its channels).
+            (N, sum of shift_width): the shifts of all residual blocks, in the order of the forward pass.
+
+        Raises:
+            InputError: the UNet needs `added`, and it is not given.
         """
         dtype = self.conv_in.weight.dtype
-        emb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(dtype))
+        embedding = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(dtype))
         if self.add_embedding is not None:
             if added is None:
-                raise ValueError("this UNet (SDXL) also needs added = (pooled text, sizes and crops)")
+                raise InputError(
+                    "this UNet has SDXL's add_embedding: it also needs pooled text, sizes and crops (`added`)"
+                )
             pooled, sizes = added
             sizes = timestep_embedding(sizes.flatten(), self.config.addition_time_embed_dim)  # (6N, 256)
             sizes = sizes.view(len(pooled), -1).to(dtype)  # (6N, 256) -> (N, 6*256)
-            emb = emb + self.add_embedding(torch.cat([pooled, sizes], dim=-1))
-        emb = F.silu(emb)
-        projections = [resnet.time_emb_proj for block in self._blocks() for resnet in block.resnets]
-        return fused_linear(projections, emb)
+            embedding = embedding + self.add_embedding(torch.cat([pooled, sizes], dim=-1))
+        projections = [resnet.time_emb_proj for block in self.blocks for resnet in block.resnets]
+        return fused_linear(projections, F.silu(embedding))
 
-    def embed_context(self, context: Tensor) -> list[list[KeyValue]]:
-        """Keys and values of the prompt's words (B, L, D) for each block of each transformer, in order."""
-        transformers = [transformer for block in self._blocks() for transformer in block.attentions]
+    def embed_context(self, context: Tensor) -> Tensor:
+        """Compute the keys and values of the prompt for every cross-attention: (B, L, D) -> (B, L, sum of
+        kv_width).
+        """
+        transformers = [transformer for block in self.blocks for transformer in block.attentions]
         attentions = [block.attn2 for t in transformers for block in t.transformer_blocks]
-        projections = [layer for attention in attentions for layer in (attention.to_k, attention.to_v)]
-        parts = iter(fused_linear(projections, context))
-        return [[(next(parts), next(parts)) for _ in t.transformer_blocks] for t in transformers]
+        return fused_linear([layer for a in attentions for layer in (a.to_k, a.to_v)], context)
 
-    def denoise(
-        self, x: Tensor, time_shifts: Sequence[Tensor], context_kv: Sequence[Sequence[KeyValue]]
-    ) -> Tensor:
-        """(B, C, h, w) noisy latents -> (B, out_channels, h, w); see `embed_time` and `embed_context`."""
-        time_shifts, context_kv = iter(time_shifts), iter(context_kv)
+    def denoise(self, x: Tensor, time_shifts: Tensor, context_kv: Tensor) -> Tensor:
+        """`forward` behind `embed_time` and `embed_context`: the part that depends on the picture.
 
-        def run(resnet: ResnetBlock, transformer: SpatialTransformer | None, x: Tensor) -> Tensor:
-            shift, kv = next(time_shifts), None if transformer is None else next(context_kv)
+        Args:
+            x: (B, in_channels, h, w) noisy latents.
+            time_shifts: (B or 1, ...) from `embed_time`.
+            context_kv: (B, L, ...) from `embed_context`.
 
-            def forward(x: Tensor) -> Tensor:
-                x = resnet(x, shift)
-                return x if transformer is None else transformer(x, kv)
-
-            recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-            return checkpoint(forward, x, use_reentrant=False) if recompute else forward(x)
+        Returns:
+            (B, out_channels, h, w)
+        """
+        blocks = self.blocks
+        shifts = time_shifts.split([block.shift_width for block in blocks], dim=-1)
+        kvs = context_kv.split([block.kv_width for block in blocks], dim=-1)
+        steps, n = list(zip(blocks, shifts, kvs, strict=True)), len(self.down_blocks)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
 
         x = self.conv_in(x)
         skips = [x]
-        for block in self.down_blocks:
-            for layer in block.layers:
-                x = run(*layer, x)
-                skips.append(x)
-            for downsample in block.downsamplers:
-                x = downsample(x)
-                skips.append(x)
-
-        if self.mid_block is not None:
-            for layer in self.mid_block.layers:
-                x = run(*layer, x)
-
-        for block in self.up_blocks:
-            for layer in block.layers:
-                x = run(*layer, torch.cat([x, skips.pop()], dim=1))
-            for upsample in block.upsamplers:
-                x = upsample(x, skips[-1].shape[2:])
+        for block, shift, kv in steps[:n]:  # down
+            x, outputs = block(x, shift, kv, recompute=recompute)
+            skips += outputs
+        for block, shift, kv in steps[n:-n]:  # the middle, if there is one
+            x, _ = block(x, shift, kv, recompute=recompute)
+        for block, shift, kv in steps[-n:]:  # up
+            x, _ = block(x, shift, kv, skips, recompute=recompute)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, added: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Predict eps (or v, or x0: see `diffusion.Schedule`) from noisy latents.
+        """Predict eps (or v, or x0: see `Schedule.target`) from noisy latents.
 
         Args:
             x: (B, in_channels, h, w) latents x_t, scaled to unit variance at t = 0.

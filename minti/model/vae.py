@@ -1,9 +1,10 @@
-"""The KL autoencoder: pictures to latents an eighth their size, and back (arXiv 2112.10752, section 3.1)."""
+"""The KL autoencoder: pictures to latents of an eighth of their height and width, and back (Rombach et al.,
+arXiv 2112.10752, section 3.1).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -12,47 +13,59 @@ from torch import Tensor, nn
 from .attention import Attention
 from .blocks import ResnetBlock, Upsample
 from .config import VAEConfig
+from .tiles import decode_in_tiles
 
-EPS = 1e-6  # of every GroupNorm here; the UNet's residual blocks use another
+EPS = 1e-6  # of every GroupNorm here; the UNet's residual blocks have 1e-5
 
 
 @dataclass(frozen=True)
 class Moments:
-    """The normal distribution q(z|x) that the encoder gives for each picture; both (B, C, h, w)."""
+    """The normal distribution q(z|x) that the encoder gives for each picture: mean and std, (B, C, h, w)."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """z = mean + std * noise; float32 noise from the generator's device, so the same on any machine."""
+        """Draw z = mean + std * noise, (B, C, h, w).
+
+        The noise is drawn in float32 on the generator's device, so one on the CPU gives the same on any
+        machine.
+        """
         device = generator.device if generator else self.mean.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std * noise.to(self.mean)
 
 
 class Downsample(nn.Module):
+    """Halve the height and width: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         # Trained with padding on the right and at the bottom only; the symmetric kind would shift everything.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H, W) -> (B, C, H/2, W/2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class VAEAttention(Attention):
-    """Self-attention with one head over the pixels of a feature map, around a shortcut."""
+    """Self-attention with one head over the pixels of a feature map, with a shortcut around it."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, channels, heads=1, qkv_bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
         return x + super().forward(h).transpose(1, 2).unflatten(2, x.shape[2:])  # (B, HW, C) -> (B, C, H, W)
 
 
 class MidBlock(nn.Module):
+    """Two residual blocks with attention between them, at the lowest resolution: (B, C, H, W) -> (B, C, H,
+    W).
+    """
+
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, EPS) for _ in range(2))
@@ -63,7 +76,14 @@ class MidBlock(nn.Module):
 
 
 class VAEBlock(nn.Module):
-    """One level: residual blocks, then a change of resolution, if there is one."""
+    """One level of the way down or up: residual blocks, then a change of resolution, if there is one.
+
+    Args:
+        c_in, c_out: channels before and after.
+        layers: the number of residual blocks.
+        groups: of the GroupNorms.
+        resample: the change of resolution.
+    """
 
     def __init__(
         self,
@@ -87,6 +107,8 @@ class VAEBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """(B, 3, H, W) pixels -> (B, 2C, h, w), features of the mean and the logarithm of the variance."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
@@ -109,6 +131,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """(B, C, h, w) latents -> (B, 3, H, W) pixels: the mirror image of the encoder, one residual block
+    deeper.
+    """
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
@@ -131,12 +157,15 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The autoencoder of all Stable Diffusion models; module names are the keys of diffusers checkpoints.
+    """The autoencoder of all Stable Diffusion models. Modules have the key names of diffusers checkpoints.
 
-    Latents here are as the encoder gives them; `StableDiffusion` multiplies them by the scaling factor. With
-    `tile` set, latents of more than that height or width are decoded in squares of that size, which overlap
-    and fade into each other. It takes the memory of one square, however large the picture, but each square is
-    normalised by itself, so that colours may come out slightly different.
+    Latents here are as the encoder gives them; whoever calls it multiplies them by `config.scaling_factor`
+    before the UNet sees them, and divides by it before decoding.
+
+    Attributes:
+        tile: None, or decode latents of more than this height or width in squares of this size. It takes the
+            memory of one square, however large the picture, but each square is normalised by itself, so that
+            colours may come out slightly different.
     """
 
     tile: int | None = None
@@ -150,36 +179,19 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, pixels: Tensor) -> Moments:
-        """(B, 3, H, W) pixels in [-1, 1], H and W multiples of `config.downscale` -> moments (B, C, h, w)."""
+        """Encode pictures.
+
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1], H and W multiples of `config.downscale`.
+        """
         mean, log_variance = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
         return Moments(mean, (0.5 * log_variance.clamp(-30, 20)).exp())
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) unscaled latents -> (B, 3, H, W) pixels, about in [-1, 1]."""
+        """(B, C, h, w) latents as the encoder gives them -> (B, 3, H, W) pixels, about in [-1, 1]."""
         if self.tile is None or max(latents.shape[2:]) <= self.tile:
-            return self.decoder(self.post_quant_conv(latents))
-        f, (height, width) = self.config.downscale, latents.shape[2:]
-        rows, columns = min(self.tile, height), min(self.tile, width)
-        fade = fading(rows * f)[:, None] * fading(columns * f)  # (tile H, tile W)
-        fade = fade.to(latents.device)
-        pixels = torch.zeros(
-            len(latents), self.config.out_channels, height * f, width * f, device=fade.device
-        )
-        total = torch.zeros(height * f, width * f, device=fade.device)
-        for top, left in product(starts(height, rows), starts(width, columns)):
-            part = self.decoder(self.post_quant_conv(latents[..., top : top + rows, left : left + columns]))
-            y, x = slice(top * f, (top + rows) * f), slice(left * f, (left + columns) * f)
-            pixels[..., y, x] += part.float() * fade
-            total[y, x] += fade
-        return (pixels / total).to(latents.dtype)
+            return self._decode(latents)
+        return decode_in_tiles(self._decode, latents, self.tile, self.config.downscale)
 
-
-def starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin that cover a length and overlap by at least a quarter."""
-    return [*range(0, length - tile, tile - tile // 4), length - tile]
-
-
-def fading(size: int) -> Tensor:
-    """Weights across a tile, (size,): one in the middle, falling to about zero in the quarter at each end."""
-    distance = torch.arange(size) + 0.5
-    return (torch.minimum(distance, size - distance) / (size // 4)).clamp(max=1)
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents))

@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend
 
 from minti.errors import InputError
 from minti.formats.checkpoint import DTYPES
-from minti.model import kernels
 from minti.model.tokenizer import PROMPT_LENGTH
 
 from .floor import needed, speed
@@ -217,7 +216,7 @@ def attention(bench: Bench) -> Iterator[list[Row]]:
     if bench.args.device != "cuda" or importlib.util.find_spec("triton") is None:
         note("attention: left out, since the kernel needs a GPU and triton")
         return
-    from minti.model.kernels.launch import supports
+    from minti.model.kernels.operator import supports
 
     table = []
     for job in bench.jobs():
@@ -231,7 +230,7 @@ def attention(bench: Bench) -> Iterator[list[Row]]:
                 continue
             backend = SDPBackend(torch._fused_sdp_choice(q, kv, kv)).name.lower()
             what = f"{'x'.join(map(str, shape))} to {keys}{', and back' if gradients else ''} ({backend})"
-            seconds = kernels.timings(shape, keys, dtype, device, gradients)
+            seconds = attention_seconds(shape, keys, dtype, device, gradients)
             found = {what: {name: [value] for name, value in seconds.items()}}
             table += rows("attention", replace(job, batch_size=shape[0]), found, peer="sdpa")
     yield table
@@ -254,6 +253,39 @@ def attention_shapes(job: Job) -> list[tuple[tuple[int, int, int, int], int, boo
             for batch, gradients in ((job.batch_size, True), (2 * job.batch_size, False)):
                 found.append(((batch, heads, tokens, channels // heads), keys, gradients))
     return found
+
+
+def attention_seconds(
+    shape: tuple[int, int, int, int], keys: int, dtype: torch.dtype, device: torch.device, gradients: bool
+) -> dict[str, float]:
+    """Median seconds that SDPA and the kernel take on a GPU, with the backward pass if `gradients`.
+
+    Args:
+        shape: of the queries, (B, heads, N, d).
+        keys: the number of keys and values.
+    """
+    from triton.testing import do_bench
+
+    from minti.model.kernels.operator import flash_attention
+
+    B, H, N, D = shape
+    q, k, v, do = (
+        torch.randn(B, length, H, D, dtype=dtype, device=device).transpose(1, 2)  # heads side by side
+        for length in (N, keys, keys, N)
+    )
+    for x in (q, k, v):
+        x.requires_grad_(gradients)
+
+    def run(function: Callable[..., torch.Tensor]) -> None:
+        o = function(q, k, v)
+        if gradients:
+            torch.autograd.grad(o, (q, k, v), do)
+
+    candidates = {"sdpa": torch.nn.functional.scaled_dot_product_attention, "triton": flash_attention}
+    return {
+        name: 1e-3 * do_bench(partial(run, function), return_mode="median")
+        for name, function in candidates.items()
+    }
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[list[Row]]]] = {

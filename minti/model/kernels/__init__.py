@@ -1,5 +1,9 @@
-"""Our own attention for the GPU, and the choice between it and PyTorch's. Works without Triton installed."""
+"""Attention kernels for NVIDIA GPUs, written in Triton, and the choice between them and PyTorch's own.
 
-from .choice import METHODS, chosen, flash_attention, timings, use
+`flash_attention.py` holds the kernels, `operator.py` makes a differentiable operator of PyTorch out of them,
+and `choice.py` decides which one computes. Only the first two need Triton, so that minti works without it.
+"""
 
-__all__ = ["METHODS", "chosen", "flash_attention", "timings", "use"]
+from .choice import METHODS, scaled_dot_product_attention, use
+
+__all__ = ["METHODS", "scaled_dot_product_attention", "use"]

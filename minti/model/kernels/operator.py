@@ -9,9 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention import HEAD_DIMS, _backward_kv, _backward_q, _forward
+from .flash_attention import HEAD_DIMS, _backward_kv, _backward_q, _forward
 
 PROGRAMS = 256  # enough to keep a large GPU busy
+INTERPRETED = triton.knobs.runtime.interpret  # with TRITON_INTERPRET=1 from the start, on any device
 
 
 def _options(q: Tensor, M: int, block_n: int, block_m: int, **options: int) -> dict[str, Any]:
@@ -113,15 +114,15 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def runs_on(device: torch.device) -> bool:
-    """Graphics cards since 2020 (Ampere), or, with TRITON_INTERPRET=1 set from the start, any device."""
-    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return ampere or triton.knobs.runtime.interpret
+    """Whether the kernels run there: on GPUs of 2020 (Ampere) and later, or on any device if interpreted."""
+    return INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `flash_attention` can take these."""
+    """Whether `flash_attention` can take these tensors; see there for the shapes."""
     return (
-        q.shape[3] in HEAD_DIMS
+        (q.is_cuda or INTERPRETED)
+        and q.shape[3] in HEAD_DIMS
         and q.shape[3] == k.shape[3]
         and q.shape[:2] == k.shape[:2]
         and k.shape == v.shape
