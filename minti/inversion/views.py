@@ -1,9 +1,9 @@
-"""From photos to what a word is learned from: square crops, and their latents."""
+"""From photos to what a word is learned from: square views of them, and the latents of the views."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -35,38 +35,40 @@ class View:
 
 def make_views(
     photos: Sequence[Photo], size: int, *, crop: str = "center", flip: bool, seed: int = 0
-) -> list[View]:
-    """Every photo as a square of `size` pixels, and its mirror image.
+) -> Iterator[View]:
+    """Cut every photo to squares of `size` pixels; one photo at a time is in memory.
 
     Args:
         crop: "center"; "random": eight squares, each 0.7 to 1 of the shorter side wide; "none": the whole
             photo, with empty margins that do not count; "squash": the whole photo, distorted.
-        flip: add the mirror images; not for text or faces.
-        seed: where the random squares lie. Those in which nothing counts are left out.
+        flip: follow each view by its mirror image; not for text or faces.
+        seed: decides where the random squares lie. Those in which nothing counts are left out.
 
     Raises:
-        InputError: nothing of a photo counts, because of its mask.
+        InputError: a photo or mask cannot be read, or nothing of a photo counts.
     """
     if crop not in CROPS:
         raise InputError(f"crop {crop!r}: choose from {', '.join(CROPS)}")
     rng = np.random.default_rng(seed)
-    views = []
     for index, photo in enumerate(photos):
-        before, mask = len(views), photo.mask or Image.new("L", photo.image.size, 255)
+        image, is_empty = photo.open(), True
+        mask = photo.open_mask(image.size)
+        if crop == "none" and min(image.size) * size < max(image.size):
+            width, height = image.size
+            raise InputError(f"{photo.path}: {width}x{height} is too narrow to be shown whole; cut it")
         for _ in range(RANDOM_CROPS if crop == "random" else 1):
             draws = tuple(rng.random(3)) if crop == "random" else (0.5, 0.5, 1.0)
-            pixels = torch.from_numpy(_square(photo.image, size, crop, draws)) / 127.5 - 1
+            pixels = torch.from_numpy(_square(image, size, crop, draws)) / 127.5 - 1
             weight = torch.from_numpy(_square(mask, size, crop, draws)) / 255
             pixels, weight = pixels.permute(2, 0, 1), weight.permute(2, 0, 1)  # (S, S, C) -> (C, S, S)
-            if not weight.any():
-                continue
-            views.append(View(pixels, weight, index))
-            if flip:
-                views.append(View(pixels.flip(2), weight.flip(2), index))
-        if len(views) == before:
+            if weight.any():
+                is_empty = False
+                yield View(pixels, weight, index)
+                if flip:
+                    yield View(pixels.flip(2), weight.flip(2), index)
+        if is_empty:
             remedy = "paint white what is to be learned, or take another --crop"
             raise InputError(f"{photo.path}: its mask is black in all that is cut out of it; {remedy}")
-    return views
 
 
 def _square(image: Image.Image, size: int, crop: str, draws: tuple[float, float, float]) -> np.ndarray:
@@ -85,12 +87,12 @@ def _square(image: Image.Image, size: int, crop: str, draws: tuple[float, float,
 
 @dataclass(frozen=True)
 class Latents:
-    """The views of a concept, encoded; V of them.
+    """The distributions of the latents of V views, from which training draws.
 
     Attributes:
-        mean, std: (V, C, h, w) float32, of unit variance about, on the device of the model.
+        mean, std: (V, C, h, w) float32, of about unit variance, on the device of the model.
         weight: (V, 1, h, w) float32, how much each latent counts in the loss.
-        photo: (V,) int64 on the CPU, the photo each view shows.
+        photo: (V,) int64 on the CPU, the photo that each view shows.
     """
 
     mean: Tensor
@@ -98,16 +100,26 @@ class Latents:
     weight: Tensor
     photo: Tensor
 
+    @classmethod
+    def join(cls, parts: Sequence[Latents]) -> Latents:
+        """Put the views of several Latents behind one another."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
 
 @torch.no_grad()
-def encode_views(sd: StableDiffusion, views: Sequence[View]) -> Latents:
-    """Encode each view once, so that training needs no encoder: it draws from these distributions."""
+def encode_view(sd: StableDiffusion, view: View) -> Latents:
+    """Encode one view with the VAE: V is 1."""
+    moments = sd.vae.encode(view.pixels[None].to(sd.device, sd.dtype))
     scale, f = sd.vae.config.scaling_factor, sd.vae.config.downscale
-    moments = [sd.vae.encode(view.pixels[None].to(sd.device, sd.dtype)) for view in views]
-    weight = torch.stack([view.weight for view in views])
+    weight = torch.nn.functional.avg_pool2d(view.weight[None], f)  # (1, 1, S, S) -> (1, 1, h, w)
     return Latents(
-        mean=torch.cat([m.mean for m in moments]).float() * scale,
-        std=torch.cat([m.std for m in moments]).float() * scale,
-        weight=torch.nn.functional.avg_pool2d(weight, f).to(sd.device),  # (V, 1, S, S) -> (V, 1, h, w)
-        photo=torch.tensor([view.photo for view in views]),
+        moments.mean.float() * scale,
+        moments.std.float() * scale,
+        weight.to(sd.device),
+        torch.tensor([view.photo]),
     )
+
+
+def encode_views(sd: StableDiffusion, views: Iterable[View]) -> Latents:
+    """Encode every view once, so that training needs no encoder."""
+    return Latents.join([encode_view(sd, view) for view in views])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +15,82 @@ from torch import Tensor
 
 from ..cli.images import image_grid
 from ..errors import InputError
-from ..formats.photos import Photo, load_photos
+from ..formats.photos import load_photos
 from ..inversion.batches import Word
 from ..inversion.start import initial_rows
 from ..inversion.templates import load_templates
-from ..inversion.views import View, encode_views, make_views
+from ..inversion.views import RANDOM_CROPS, Latents, View, encode_view, make_views
 from ..model.stable_diffusion import StableDiffusion
 from .folder import Run
 
 log = logging.getLogger(__name__)
 
-
-def contact_sheet(views: Sequence[View], columns: int = 8) -> Image.Image:
-    """The views as trained, side by side; what does not count is greyed out."""
-
-    def picture(view: View) -> Image.Image:
-        pixels = (view.pixels * view.weight + 1) * 127.5
-        return Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy())  # (3, S, S) -> (S, S, 3)
-
-    return image_grid([picture(view) for view in views], columns)
+SHEET_COLUMNS, SHEET_PIXELS = 8, 2**24  # of the contact sheet: pictures in a row, and the most pixels
 
 
-def fingerprint(views: Sequence[View], photos: Sequence[Photo], templates: Sequence[str]) -> Tensor:
-    """What a word is learned from in 32 bytes, which tell whether it has changed; (32,) uint8."""
-    digest = hashlib.sha256(repr([[photo.caption for photo in photos], list(templates)]).encode())
-    for view in views:
-        digest.update(view.pixels.numpy().tobytes() + view.weight.numpy().tobytes())
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+def view_picture(view: View, side: int) -> Image.Image:
+    """A view as a picture of `side` pixels; what does not count is greyed out."""
+    pixels = (view.pixels * view.weight + 1) * 127.5
+    image = Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy())  # (3, S, S) -> (S, S, 3)
+    return image if image.width <= side else image.resize((side, side))
 
 
 def load_word(
-    sd: StableDiffusion, spec: dict[str, Any], args: argparse.Namespace, lr_scale: float, start: Tensor | None
+    sd: StableDiffusion,
+    spec: Mapping[str, Any],
+    out: Path,
+    *,
+    size: int | None,
+    crop: str,
+    flip: bool,
+    lr_scale: float = 1,
+    start: Tensor | None = None,
 ) -> tuple[Run, Image.Image]:
-    """Photos to latents, the init word to rows, unless they are known: `start`, that of a run to go on with.
+    """Encode the photos of a word and find the vectors it starts from.
 
-    Also the contact sheet of the photos.
+    Args:
+        spec: the options of the word, see `options.word_specs`.
+        out: the folder of the run.
+        size, crop, flip: see `make_views`; by default the size that the model was trained on.
+        lr_scale: factor of the learning rate.
+        start: the vectors that a run to be resumed started from, (num_vectors, D).
+
+    Returns:
+        The word, and a contact sheet of the photos as they are trained.
+
+    Raises:
+        InputError: photos or options cannot be used.
     """
-    photos = load_photos(spec["images"])
-    size = sd.check_size(args.size)[0]
-    views = make_views(photos, size, crop=args.crop, flip=args.flip, seed=spec["seed"])
     if not spec["init_word"] and spec["init"] != "random":
         raise InputError("--init-word must be given: a coarse description such as toy (or --init random)")
+    photos, templates = load_photos(spec["images"]), load_templates(spec["templates"])
+    size = sd.check_size(size)[0]
+    count = len(photos) * (RANDOM_CROPS if crop == "random" else 1) * (2 if flip else 1)
+    side = min(size, math.isqrt(SHEET_PIXELS // count))
+    # What the word is learned from, in 32 bytes that tell whether it has changed when the run is resumed.
+    photos_hash = hashlib.sha256(repr([[photo.caption for photo in photos], list(templates)]).encode())
+    latents, pictures = [], []
+    for view in make_views(photos, size, crop=crop, flip=flip, seed=spec["seed"]):
+        latents.append(encode_view(sd, view))
+        pictures.append(view_picture(view, side))
+        photos_hash.update(view.pixels.numpy().tobytes() + view.weight.numpy().tobytes())
     if start is None:
         start = initial_rows(sd, spec["init"], spec["init_word"], spec["num_vectors"], spec["seed"])
-    templates = load_templates(spec["templates"])
     word = Word(
         spec["alias"],
         start,
-        encode_views(sd, views),
+        Latents.join(latents),
         templates,
         [photo.caption for photo in photos],
         lr=spec["lr"] * lr_scale,
         seed=spec["seed"],
     )
-    log.info("%s: %d photos, %d views of %d pixels", spec["placeholder"], len(photos), len(views), size)
+    log.info("%s: %d photos, %d views of %d pixels", spec["placeholder"], len(photos), len(pictures), size)
     run = Run(
         word,
         spec["placeholder"],
-        Path(args.out) / spec["name"],
+        out / spec["name"],
         "" if spec["init"] == "random" else spec["init_word"],
-        fingerprint(views, photos, templates),
+        torch.tensor(list(photos_hash.digest()), dtype=torch.uint8),
     )
-    return run, contact_sheet(views)
+    return run, image_grid(pictures, SHEET_COLUMNS)
