@@ -84,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = Processes.from_environment()
     with processes.joined(for_barriers=True):
         args.device = processes.device(args.device)
-        photos = [photo.image for photo in load_photos(args.images)]
+        photos = load_photos(args.images)
         plan = plan_samples(args) if args.samples else plan_generation(args, style)
+        benchmark = Benchmark.make(plan.scorer, (photo.open() for photo in photos), plan.prompts)
         out = choose_out(args)
         with WorkFolder(
             out,
@@ -104,7 +105,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             jobs = [job for jobs in plan.jobs.values() for job in jobs.values()]
             make_all(jobs, plan.scorer, store, processes)
             if processes.rank == 0:
-                benchmark = Benchmark.make(plan.scorer, photos, plan.prompts)
                 evaluations = score_all(plan, store, benchmark, args)
                 print(table(evaluations))
                 write_results(out, plan, store, evaluations)

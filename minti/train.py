@@ -67,7 +67,10 @@ def learn_words(
     sd.check_weights()
     sd.unet.gradient_checkpointing = args.gradient_checkpointing
     lr_scale = args.batch_size * args.accumulate * processes.world if args.scale_lr else 1
-    words = [load_word(sd, s, args, lr_scale, state.get(f"init.{i}")) for i, s in enumerate(specs)]
+    how = {"size": args.size, "crop": args.crop, "flip": args.flip, "lr_scale": lr_scale}
+    words = [
+        load_word(sd, spec, folder.path, start=state.get(f"init.{i}"), **how) for i, spec in enumerate(specs)
+    ]
     runs, sheets = zip(*words, strict=True)
     weights, activations = training_memory(sd, args.batch_size * len(runs), sd.check_size(args.size))
     log.info("memory: about %.0f MB of weights, %.0f MB to learn", weights / 1e6, 1.1 * activations / 1e6)

@@ -131,7 +131,7 @@ def expected(base: Path, text: str, photos: list[Tensor] | None = None) -> dict[
     """The scores by their definitions: loops over pictures that `sd.sample` makes."""
     sd, scorer = minti.load(base / "model", device="cpu"), Scorer.load(base / "model")
     sd.add_concept(Concept.load(base / "run" / "learned_embeds.safetensors"))
-    photos = list(embed(base, [photo.image for photo in load_photos(base / "photos")]))
+    photos = list(embed(base, [photo.open() for photo in load_photos(base / "photos")]))
     made = {}
     for template in TEMPLATES:
         prompt = " ".join(template.replace("{}", text).split())
@@ -160,7 +160,7 @@ def test_scores_are_those_of_the_paper(name: str, text: str, base: Path, done: P
 
 def test_image_only(base: Path, done: Path) -> None:
     """The photos as if they had been generated: other photos, and every prompt."""
-    photos = embed(base, [photo.image for photo in load_photos(base / "photos")])
+    photos = embed(base, [photo.open() for photo in load_photos(base / "photos")])
     pairs = [cosine(photos[i], photos[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
     texts = Scorer.load(base / "model").embed_texts(["red on the grass", "the dog and"])
     found = evaluations(done)["image only"]
@@ -231,7 +231,7 @@ def test_evaluate_word(base: Path, done: Path, tmp_path: Path, makes: list[str])
     sd, scorer = minti.load(base / "model", device="cpu"), Scorer.load(base / "model")
     sd.add_concept(Concept.load(base / "run" / "learned_embeds.safetensors"))
     sd.add_concept(Concept.load(base / "run" / "embeds" / "step-000005.safetensors", "<other>"))
-    photos = [photo.image for photo in load_photos(base / "photos")]
+    photos = [photo.open() for photo in load_photos(base / "photos")]
     benchmark = Benchmark.make(scorer, photos, load_prompts(str(base / "prompts.txt")))
     ticks: list[int] = []
     store = Store(tmp_path)

@@ -43,7 +43,7 @@ def test_what_is_shipped() -> None:
         photos = load_photos(TINY / "concepts" / name)
         for photo, picture in zip(photos, pictures(concept), strict=True):
             # Another version of the libraries that draw may round differently.
-            assert np.abs(np.asarray(photo.image, int) - picture).mean() < 1
+            assert np.abs(np.asarray(photo.open(), int) - picture).mean() < 1
 
 
 def test_the_recipe_for_all_concepts_knows_them() -> None:
@@ -91,7 +91,7 @@ def test_a_word_is_learned(sd: minti.StableDiffusion) -> None:
     assert inversion.evaluate().item() < 0.97 * before
 
     scorer = Scorer.load(TINY)
-    targets = scorer.embed_images([photo.image for photo in photos])
+    targets = scorer.embed_images([photo.open() for photo in photos])
     options = {"steps": 20, "guidance_scale": 5.0, "num_images": 8, "batch_size": 8}
     learned, init = (
         (scorer.embed_images(sd.sample(f"a photo of a {name}", **options)) @ targets.T).mean().item()
@@ -105,7 +105,7 @@ def test_the_judge_reads_what_the_concepts_show() -> None:
     judge, right = Judge.load(TINY), []
     for name, target in read_targets(str(TINY / "concepts" / "concepts.yaml")).items():
         judge.check(target.facts, name)
-        for reading in judge.read([photo.image for photo in load_photos(target.images)]):
+        for reading in judge.read([photo.open() for photo in load_photos(target.images)]):
             right += [reading[fact] == value for fact, value in target.facts.items()]
     assert len(right) > 100 and np.mean(right) >= 0.9
 
@@ -139,7 +139,7 @@ def test_a_style_and_two_things_at_once(tmp_path: Path) -> None:
     sd, judge, scorer = minti.load(TINY, device="cpu", dtype="float32"), Judge.load(TINY), Scorer.load(TINY)
     riso = learn("riso", tmp_path / "riso", "--config", "style", "--num-vectors", "3", "--steps", "600")
     sd.add_concept(riso)
-    targets = scorer.embed_images([photo.image for photo in load_photos(TINY / "concepts" / "riso")])
+    targets = scorer.embed_images([photo.open() for photo in load_photos(TINY / "concepts" / "riso")])
     options = {"steps": 25, "guidance_scale": 5.0, "num_images": 8, "batch_size": 8}
     styled, init = (
         sd.sample(

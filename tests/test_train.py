@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import minti
 from minti import Concept, InputError, StableDiffusion, train
 from minti.cli.command import run_command
+from minti.cli.images import image_grid
 from minti.cli.model_options import load_model
 from minti.cli.processes import Processes
 from minti.cli.yaml_files import RECIPES
@@ -42,7 +43,7 @@ from minti.model.vae import VAE
 from minti.runs import trainer
 from minti.runs.folder import Run
 from minti.runs.trainer import Trainer
-from minti.runs.words import contact_sheet
+from minti.runs.words import view_picture
 
 from .oracles import save_folder
 from .processes import ENVIRONMENT, ROOT
@@ -167,7 +168,8 @@ def test_everything_a_run_writes(
     # The pictures
     views = make_views(load_photos(base / "photos"), 16, flip=True)
     with Image.open(out / "inputs.png") as image:
-        assert np.array_equal(np.asarray(image), np.asarray(contact_sheet(views)))
+        sheet = image_grid([view_picture(view, 16) for view in views], 8)
+        assert np.array_equal(np.asarray(image), np.asarray(sheet))
     sd.add_concept(Concept.load(out / "learned_embeds.safetensors"))
     images = sd.sample(["a <toy>", "<toy> on grass"], steps=1, num_images=4)
     with Image.open(out / "samples" / "step-000005.png") as image:

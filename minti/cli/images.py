@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -21,7 +21,7 @@ def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 COLUMNS, THUMBNAIL = 8, 128  # of the grids: pictures in a row, and the longer side of each in pixels
 
 
-def thumbnails(images: Sequence[Image.Image]) -> list[Image.Image]:
+def thumbnails(images: Iterable[Image.Image]) -> list[Image.Image]:
     """The pictures, all of one size: smaller if they are large, with white margins if their sizes differ."""
     small = []
     for image in images:

@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from ..errors import InputError
 log = logging.getLogger(__name__)
 
 # What is decoded; Pillow hands other formats, such as EPS, to programs. HEIF needs pillow-heif.
-FORMATS = "AVIF BMP DIB GIF HEIF JPEG JPEG2000 MPO PNG PPM PSD TGA TIFF WEBP".split()
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
 RAW_SUFFIXES = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 MAX_PIXELS = 2**28  # a phone's camera has up to 200 megapixels
@@ -160,7 +161,7 @@ def _to_8_bits(image: Image.Image, path: Path) -> Image.Image:
     values = np.asarray(image).astype(np.float32)
     whites, slack = ((1, 255, 65535), 1.1) if image.mode[0] == "F" else ((255, 4095, 65535), 1)
     low, peak = float(values.min()), float(values.max())
-    white = next((white for white in whites if peak <= slack * white), 0)
+    white = next((white for white in whites if peak <= slack * white), math.inf)
     # If all were below a 16th of white, the guess would be wrong. Comparisons with NaN are false.
     if not (low >= (1 - slack) * white and (peak == 0 or peak > white / 16)):
         usual = ", ".join(map(str, whites))

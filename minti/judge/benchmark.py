@@ -6,7 +6,7 @@ makes pictures with a word and scores them. `python -m minti.evaluate` does it f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -72,7 +72,7 @@ class Benchmark:
     texts: Mapping[str, Tensor] = field(repr=False)
 
     @classmethod
-    def make(cls, scorer: Scorer, photos: Sequence[Image.Image], prompts: PromptList) -> Benchmark:
+    def make(cls, scorer: Scorer, photos: Iterable[Image.Image], prompts: PromptList) -> Benchmark:
         """Embed photos, RGB and of any size, and prompts."""
         templates = [prompt.text for prompt in prompts.prompts]
         texts = scorer.embed_texts([fill(t, "") for t in templates]) if templates else ()

@@ -13,7 +13,8 @@ more the pictures differ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +57,12 @@ class Scorer:
         return cls(**vars(load_clip(path, device=torch.device(device), tokenizer=tokenizer)))
 
     @torch.no_grad()
-    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
-        """RGB pictures of any size -> (N, P) float32 of unit length, on the CPU."""
-        embeddings = []
-        for i in range(0, len(images), batch_size):
-            pixels = torch.stack([self.preprocess(image) for image in images[i : i + batch_size]])
-            embeddings.append(self.image_encoder(pixels.to(_device(self.image_encoder))).cpu())
+    def embed_images(self, images: Iterable[Image.Image], batch_size: int = 32) -> Tensor:
+        """RGB pictures of any size -> (N, P) float32 of unit length, on the CPU; one is held at a time."""
+        embeddings, inputs = [], map(self.preprocess, images)
+        while batch := list(itertools.islice(inputs, batch_size)):
+            pixels = torch.stack(batch).to(_device(self.image_encoder))
+            embeddings.append(self.image_encoder(pixels).cpu())
         return _unit(torch.cat(embeddings))
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ class Run:
     placeholder: str  # as others will write it; `word` may be learned under an alias
     folder: Path
     init_word: str
-    fingerprint: Tensor  # of the photos as trained, and of the prompts
+    photos_hash: Tensor  # of the photos as trained, and of the prompts
     rows: list[dict[str, float | None]] = field(default_factory=list)  # log.csv
     best: Tensor | None = None  # the vectors at the lowest eval loss
     best_loss: float = float("inf")

@@ -93,7 +93,7 @@ class Trainer:
         }
         for i, run in enumerate(runs):
             what = f"other photos, captions or templates of {run.placeholder!r}"
-            self._given[f"photos.{i}"] = run.fingerprint, what
+            self._given[f"photos.{i}"] = run.photos_hash, what
         sd.vae.to("cpu")  # the photos are encoded; only previews need it again
 
     def _check(self, args: argparse.Namespace) -> None:

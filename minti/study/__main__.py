@@ -96,8 +96,9 @@ def digest(images: Path) -> str:
     """What tells photos apart that lie, or lay, in the same folder."""
     found = hashlib.sha256()
     for photo in load_photos(images):
-        mask = photo.mask.tobytes() if photo.mask else b""
-        found.update(repr((photo.image.size, photo.caption)).encode() + photo.image.tobytes() + mask)
+        image = photo.open()
+        mask = photo.open_mask(image.size).tobytes() if photo.mask_path else b""
+        found.update(repr((image.size, photo.caption)).encode() + image.tobytes() + mask)
     return found.hexdigest()[:12]
 
 

@@ -46,7 +46,7 @@ def score(
 ) -> list[Outcome]:
     """Everything about one concept, from the pictures in the store."""
     target = asked[0][0].target
-    photos = [photo.image for photo in load_photos(target.images)]
+    photos = (photo.open() for photo in load_photos(target.images))
     benchmark = Benchmark.make(scorer, photos, plan.prompts[target.name])
     evaluations = [
         benchmark.score(
@@ -118,7 +118,7 @@ def write_results(
     write_atomically(out / "study.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     photos, strips, prompts = {}, {}, {}
     for target in plan.targets:
-        images = thumbnails([photo.image for photo in load_photos(target.images)])
+        images = thumbnails(photo.open() for photo in load_photos(target.images))
         photos[target.name] = write_strip(out / "strips" / target.name / "photos.png", images)
         prompts[target.name] = strip_prompts(plan.prompts[target.name])
     made = [outcome for outcome in outcomes if outcome.evaluation.kind != "image only"]
