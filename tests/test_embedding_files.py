@@ -11,7 +11,6 @@ import pickle
 import re
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 import minti
 from minti import Concept, InputError
 from minti import concept as concept_cli
-from minti.formats import embedding_files
 from minti.formats.concept import save_concepts
 
 from . import oracles
@@ -209,37 +207,6 @@ def as_json(content: dict) -> bytes:
     return json.dumps(content, default=encode).encode()
 
 
-def numbers(count: int) -> list[int]:
-    """The pseudo-random numbers of the format, one by one as its definition says."""
-    x, out = 0, []
-    for _ in range(count):
-        x = (x * 1664525 + 1013904223) % 2**32
-        out.append(x % 255)
-    return out
-
-
-def test_pseudo_random_numbers() -> None:
-    """Of the format's own test: the first numbers, and the sum of the 100,000 that follow the first 100."""
-    expected = numbers(100_100)
-    assert expected[:12] == [253, 242, 127, 44, 157, 27, 239, 133, 38, 79, 167, 4]
-    assert sum(expected[100:]) == 12731374
-    assert embedding_files._mask(100_100).tolist() == [number & 15 for number in expected]
-
-
-def strips(image: np.ndarray, content: dict, border: int = 0) -> Image.Image:
-    """A picture with a word hidden at its sides; the stream is repeated to fill whole columns."""
-    stream = np.frombuffer(zlib.compress(as_json(content), 9), np.uint8)
-    h = len(image)
-    columns = -(-len(stream) // (h * 3)) + 1
-    stream = np.resize(stream, (h, columns, 3))
-    mask = np.array(numbers(stream.size)).astype(np.uint8).reshape(stream.shape) & 15
-    ornament = np.random.default_rng(0).integers(1, 16, stream.shape, dtype=np.uint8) << 4
-    low, high = ((half ^ mask) | ornament for half in (stream & 15, stream >> 4))
-    gap = np.zeros((h, 1, 3), np.uint8)
-    pixels = np.concatenate([low, gap, image, gap, high], axis=1)
-    return Image.fromarray(np.pad(pixels, ((border, border), (border, border), (0, 0))))
-
-
 def photo(h: int = 64, w: int = 48) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (h, w, 3), dtype=np.uint8)
 
@@ -255,50 +222,26 @@ def test_picture_with_a_word_as_text(n: int, tmp_path: Path) -> None:
     assert concept.metadata["step"] == "499"
 
 
-@pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("border", [0, 5])
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_picture_with_a_word_in_the_pixels(n: int, border: int, mode: str, tmp_path: Path) -> None:
-    strips(photo(), a1111(vectors(n)), border).convert(mode).save(tmp_path / "p.png")
-    concept = Concept.load(tmp_path / "p.png")
-    assert concept.placeholder == "toy-500"
-    assert torch.equal(concept.vectors, vectors(n))
-
-
 def test_pictures_without_a_word(tmp_path: Path) -> None:
     path = tmp_path / "p.png"
-    hidden = strips(photo(), a1111(vectors(1)))
-    resized = hidden.resize((hidden.width // 2, hidden.height // 2))
-    black = Image.new("RGB", (16, 16))
-    bars = photo()
-    bars[:, [10, 30]] = 0
-    for image in (Image.fromarray(photo()), resized, black, Image.fromarray(bars), Image.new("L", (1, 1), 9)):
-        image.save(path)
-        with pytest.raises(InputError, match=r"p\.png: no learned word in this picture"):
-            Concept.load(path)
     for text in (
+        None,
         "###",
         base64.b64encode(b"[1]").decode(),
         base64.b64encode(b'{"TORCHTENSOR": "x"}').decode(),
+        base64.b64encode(b"[" * 200_000).decode(),
     ):
         info = PngInfo()
-        info.add_text("sd-ti-embedding", text)
-        black.save(path, pnginfo=info)
+        if text:
+            info.add_text("sd-ti-embedding", text)
+        Image.fromarray(photo()).save(path, pnginfo=info)
         with pytest.raises(InputError, match=r"p\.png: (no|is not a) learned word"):
             Concept.load(path)
-    hidden.save(path)
     content = path.read_bytes()
     for part in (0.002, 0.3, 0.9):
         path.write_bytes(content[: int(len(content) * part) + 8])
-        with pytest.raises(InputError, match=r"p\.png: truncated or damaged"):
+        with pytest.raises(InputError, match=r"p\.png: cannot be read as a picture"):
             Concept.load(path)
-
-
-def test_a_picture_that_unpacks_to_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    strips(photo(), a1111(vectors(1))).save(tmp_path / "p.png")
-    monkeypatch.setattr(embedding_files, "MAX_JSON", 1000)
-    with pytest.raises(InputError, match="no learned word"):
-        Concept.load(tmp_path / "p.png")
 
 
 # What is refused ---

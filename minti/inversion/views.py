@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -52,37 +53,34 @@ def make_views(
     rng = np.random.default_rng(seed)
     for index, photo in enumerate(photos):
         image, is_empty = photo.open(), True
-        mask = photo.open_mask(image.size)
-        if crop == "none" and min(image.size) * size < max(image.size):
-            width, height = image.size
+        mask, (width, height) = photo.open_mask(image.size), image.size
+        if crop == "none" and min(width, height) * size < max(width, height):
             raise InputError(f"{photo.path}: {width}x{height} is too narrow to be shown whole; cut it")
-        for _ in range(RANDOM_CROPS if crop == "random" else 1):
-            draws = tuple(rng.random(3)) if crop == "random" else (0.5, 0.5, 1.0)
-            pixels = torch.from_numpy(_square(image, size, crop, draws)) / 127.5 - 1
-            weight = torch.from_numpy(_square(mask, size, crop, draws)) / 255
-            pixels, weight = pixels.permute(2, 0, 1), weight.permute(2, 0, 1)  # (S, S, C) -> (C, S, S)
+        for place in rng.random((RANDOM_CROPS, 3)) if crop == "random" else [(0.5, 0.5, 1.0)]:
+            pixels = _square(image, size, crop, place) / 127.5 - 1
+            weight = _square(mask, size, crop, place) / 255
             if weight.any():
                 is_empty = False
                 yield View(pixels, weight, index)
                 if flip:
                     yield View(pixels.flip(2), weight.flip(2), index)
         if is_empty:
-            remedy = "paint white what is to be learned, or take another --crop"
-            raise InputError(f"{photo.path}: its mask is black in all that is cut out of it; {remedy}")
+            raise InputError(f"{photo.path}: its mask is black in all that is cut out of it; change the mask")
 
 
-def _square(image: Image.Image, size: int, crop: str, draws: tuple[float, float, float]) -> np.ndarray:
-    """(size, size, channels) float32, 0 to 255; `draws` in [0, 1] place and scale a square cut out."""
+def _square(image: Image.Image, size: int, crop: str, place: Sequence[float]) -> Tensor:
+    """(channels, size, size) float32, 0 to 255; `place` is left, top and side of a cut, each in [0, 1]."""
     if crop == "squash":
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     elif crop == "none":
         image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=0)
     else:
-        side = (0.7 + 0.3 * draws[2]) * min(image.size)
-        left, top = (draws[i] * (image.size[i] - side) for i in (0, 1))
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.atleast_3d(np.asarray(image)).astype(np.float32)
+        side = (0.7 + 0.3 * place[2]) * min(image.size)
+        left, top = (place[i] * (image.size[i] - side) for i in (0, 1))
+        cut = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, cut)
+    pixels = torch.from_numpy(np.atleast_3d(np.asarray(image)).astype(np.float32))
+    return pixels.permute(2, 0, 1)  # (S, S, C) -> (C, S, S)
 
 
 @dataclass(frozen=True)
@@ -100,26 +98,15 @@ class Latents:
     weight: Tensor
     photo: Tensor
 
-    @classmethod
-    def join(cls, parts: Sequence[Latents]) -> Latents:
-        """Put the views of several Latents behind one another."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
-
 
 @torch.no_grad()
-def encode_view(sd: StableDiffusion, view: View) -> Latents:
-    """Encode one view with the VAE: V is 1."""
-    moments = sd.vae.encode(view.pixels[None].to(sd.device, sd.dtype))
-    scale, f = sd.vae.config.scaling_factor, sd.vae.config.downscale
-    weight = torch.nn.functional.avg_pool2d(view.weight[None], f)  # (1, 1, S, S) -> (1, 1, h, w)
-    return Latents(
-        moments.mean.float() * scale,
-        moments.std.float() * scale,
-        weight.to(sd.device),
-        torch.tensor([view.photo]),
-    )
-
-
 def encode_views(sd: StableDiffusion, views: Iterable[View]) -> Latents:
-    """Encode every view once, so that training needs no encoder."""
-    return Latents.join([encode_view(sd, view) for view in views])
+    """Encode each view once with the VAE, so that training needs no encoder."""
+    scale, f = sd.vae.config.scaling_factor, sd.vae.config.downscale
+    encoded = []
+    for view in views:
+        moments = sd.vae.encode(view.pixels[None].to(sd.device, sd.dtype))
+        weight = F.avg_pool2d(view.weight[None], f)  # (1, 1, S, S) -> (1, 1, h, w)
+        mean, std = moments.mean.float() * scale, moments.std.float() * scale
+        encoded.append((mean, std, weight.to(sd.device), torch.tensor([view.photo])))
+    return Latents(*map(torch.cat, zip(*encoded, strict=True)))

@@ -19,7 +19,7 @@ from ..formats.photos import load_photos
 from ..inversion.batches import Word
 from ..inversion.start import initial_rows
 from ..inversion.templates import load_templates
-from ..inversion.views import RANDOM_CROPS, Latents, View, encode_view, make_views
+from ..inversion.views import RANDOM_CROPS, View, encode_views, make_views
 from ..model.stable_diffusion import StableDiffusion
 from .folder import Run
 
@@ -69,17 +69,21 @@ def load_word(
     side = min(size, math.isqrt(SHEET_PIXELS // count))
     # What the word is learned from, in 32 bytes that tell whether it has changed when the run is resumed.
     photos_hash = hashlib.sha256(repr([[photo.caption for photo in photos], list(templates)]).encode())
-    latents, pictures = [], []
-    for view in make_views(photos, size, crop=crop, flip=flip, seed=spec["seed"]):
-        latents.append(encode_view(sd, view))
+    pictures = []
+
+    def record(view: View) -> View:
         pictures.append(view_picture(view, side))
         photos_hash.update(view.pixels.numpy().tobytes() + view.weight.numpy().tobytes())
+        return view
+
+    views = make_views(photos, size, crop=crop, flip=flip, seed=spec["seed"])
+    latents = encode_views(sd, map(record, views))  # one view is in memory at a time
     if start is None:
         start = initial_rows(sd, spec["init"], spec["init_word"], spec["num_vectors"], spec["seed"])
     word = Word(
         spec["alias"],
         start,
-        Latents.join(latents),
+        latents,
         templates,
         [photo.caption for photo in photos],
         lr=spec["lr"] * lr_scale,
