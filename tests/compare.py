@@ -71,7 +71,7 @@ def compare_text(reference: CLIPTextModel | CLIPTextModelWithProjection, ids: Te
     projected = isinstance(reference, CLIPTextModelWithProjection)
     return {
         "context": (output.context, theirs.last_hidden_state),
-        "penultimate": (output.penultimate, theirs.hidden_states[-2]),
+        "penultimate": (output.hidden_states[-2], theirs.hidden_states[-2]),
         "pooled": (output.pooled, theirs.text_embeds if projected else theirs.pooler_output),
     }
 
@@ -104,7 +104,7 @@ def compare_pictures(
     pipe: StableDiffusionPipeline,
     prompts: Sequence[str] = ("a photo of the cat", "red toy on the grass"),
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | None = "",
     steps: int = 3,
     guidance_scale: float = 7.5,
     eta: float = 0.0,
@@ -134,7 +134,7 @@ def compare_pictures(
     width, height = size or (None, None)
     pixels = pipe(
         list(texts),
-        negative_prompt=[negative_prompt] * len(jobs),
+        negative_prompt=negative_prompt if negative_prompt is None else [negative_prompt] * len(jobs),
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         eta=eta,

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -80,7 +87,7 @@ UNETS = {
         "transformer_layers_per_block": [1, 2, 3],
         "attention_head_dim": [1, 2, 4],
         "use_linear_projection": True,
-        "cross_attention_dim": 64,
+        "cross_attention_dim": 96,  # 64 and 32 of the two text encoders
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 20 + 6 * 8,
@@ -131,6 +138,8 @@ SCHEDULE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+# As SDXL publishes it, with keys that concern DDIM only.
+EULER = SCHEDULE | {"timestep_spacing": "leading", "sample_max_value": 1.0, "skip_prk_steps": True}
 
 
 TEXT = {
@@ -146,6 +155,8 @@ TEXTS = {
     "small": TEXT | {"hidden_size": 32, "num_hidden_layers": 1},
     "sd2": TEXT | {"hidden_act": "gelu"},
     "inpainting": TEXT,
+    "sdxl": TEXT,
+    "sdxl second": TEXT | {"hidden_act": "gelu", "hidden_size": 32, "projection_dim": 20},
     "sd1.5": TEXT
     | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     "sd2.1": TEXT
@@ -243,6 +254,35 @@ def pipeline(folder: Path, family: str = "sd1", prediction_type: str = "epsilon"
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def sdxl_pipeline(folder: Path, prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
+    """An SDXL as published, but small; its tokenizers lie in `folder`, and it samples with DDIM."""
+    words = (write_tokenizer(folder / "words"), write_tokenizer(folder / "words_2", pad="!"))
+    tokenizers = [CLIPTokenizer.from_pretrained(path, model_max_length=77) for path in words]
+    pipe = StableDiffusionXLPipeline(
+        vae=vae(scaling_factor=0.13025),
+        text_encoder=text_encoder("sdxl", len(tokenizers[0])),
+        text_encoder_2=text_encoder("sdxl second", len(tokenizers[0]), projected=True),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet("sdxl", attention_head_dim=[1, 1, 1]),  # 64 channels a head, as in public models
+        scheduler=EulerDiscreteScheduler.from_config(EULER | {"prediction_type": prediction_type}),
+        add_watermarker=False,
+    )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_sdxl(folder: Path, prediction_type: str = "epsilon", **options) -> Path:
+    """The folder of an SDXL as published: its scheduler is Euler's."""
+    pipe = sdxl_pipeline(folder.parent / f"{folder.name}-words", prediction_type)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(EULER | {"prediction_type": prediction_type})
+    pipe.save_pretrained(folder, **options)
+    write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer_2", pad="!")
+    return folder
 
 
 def save_folder(folder: Path, family: str = "sd1", prediction_type: str = "epsilon", **options) -> Path:

@@ -25,6 +25,7 @@ def word(photos: int = 3, views: int = 2, side: int = 2, **changes) -> Word:
         std=torch.ones(count, 4, side, side),
         weight=torch.ones(count, 1, side, side),
         photo=torch.arange(photos).repeat_interleave(views),
+        sizes=torch.zeros(count, 6),
     )
     return replace(Word("<toy>", torch.zeros(1, 8), latents, ("a {}", "the {}", "{} here")), **changes)
 

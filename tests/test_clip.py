@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-
-from minti.model.embedding import PlaceholderEmbedding
+from torch import nn
 
 from . import compare, oracles
 from .compare import assert_parity
@@ -49,8 +48,8 @@ def test_learned_rows(projected):
     rows = torch.randn(3, 64)
     module = compare.ours(original)
     # A word of two vectors and a word of one.
-    embedding = PlaceholderEmbedding(module.token_embedding, rows[:2], rows[2:])
-    module.text_model.embeddings.token_embedding = embedding
+    embedding = module.token_embedding
+    embedding.words.extend([nn.Parameter(rows[:2]), nn.Parameter(rows[2:])])
 
     reference = copy.deepcopy(original)
     reference.resize_token_embeddings(VOCAB + len(rows), mean_resizing=False)
@@ -62,11 +61,11 @@ def test_learned_rows(projected):
     output, theirs = module(ids), reference(ids, output_hidden_states=True)
     pairs = {
         "context": (output.context, theirs.last_hidden_state),
-        "penultimate": (output.penultimate, theirs.hidden_states[-2]),
+        "penultimate": (output.hidden_states[-2], theirs.hidden_states[-2]),
         "pooled": (output.pooled, theirs.text_embeds if projected else theirs.pooler_output),
     }
     assert_parity(pairs)
-    assert torch.equal(embedding.weight, reference.get_input_embeddings().weight)
+    assert torch.equal(torch.cat([embedding.weight, rows]), reference.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])

@@ -14,7 +14,7 @@ from torch import nn
 
 import minti
 from minti import Concept, InputError
-from minti.model.embedding import PlaceholderEmbedding
+from minti.model.embedding import TokenEmbedding
 
 from .oracles import pipeline, save_folder
 
@@ -28,18 +28,22 @@ def vectors(n: int, width: int = 64, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
 
+def with_words(embedding: TokenEmbedding, *words: torch.Tensor) -> TokenEmbedding:
+    embedding.words.extend(nn.Parameter(rows) for rows in words)
+    return embedding
+
+
 def test_ids_of_the_table_and_of_the_rows() -> None:
-    table = nn.Embedding(10, 4)
-    embedding = PlaceholderEmbedding(table, vectors(2, 4), vectors(1, 4, seed=1))
+    embedding = with_words(TokenEmbedding(10, 4), vectors(2, 4), vectors(1, 4, seed=1))
     ids = torch.tensor([[0, 9, 10, 11, 12], [12, 3, 11, 5, 10]])
-    everything = torch.cat([table.weight, vectors(2, 4), vectors(1, 4, seed=1)])
+    everything = torch.cat([embedding.weight, vectors(2, 4), vectors(1, 4, seed=1)])
     assert torch.equal(embedding(ids), everything[ids])
-    assert torch.equal(embedding.weight, everything)
+    assert torch.equal(embedding.rows, everything[10:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rows_stay_float32_below_a_table_of_half_precision(dtype: torch.dtype) -> None:
-    embedding = PlaceholderEmbedding(nn.Embedding(10, 4).to(dtype), vectors(2, 4))
+    embedding = with_words(TokenEmbedding(10, 4).to(dtype), vectors(2, 4))
     assert embedding.rows.dtype == torch.float32
     assert torch.equal(embedding.rows, vectors(2, 4))
     output = embedding(torch.tensor([[3, 11]]))
@@ -115,9 +119,9 @@ def test_several_words_and_where_their_ids_lie(folder: Path) -> None:
     ids = sd.tokenizer.encode("<toy>2 sks, <toy>")
     comma = sd.tokenizer.encode(",")
     assert ids == [rows + 2, rows + 3, rows + 4, rows + 5, *comma, rows, rows + 1]
-    weight = sd.text_encoder.token_embedding.weight
-    assert torch.equal(weight[rows:], torch.cat([vectors(2), vectors(1, seed=1), vectors(3, seed=2)]))
-    assert torch.equal(weight[:rows], table)
+    learned = sd.text_encoder.token_embedding.rows
+    assert torch.equal(learned, torch.cat([vectors(2), vectors(1, seed=1), vectors(3, seed=2)]))
+    assert sd.text_encoder.token_embedding.weight is table
     # A prompt without the words is what it was.
     assert torch.equal(sd.encode_prompt(["a photo of the cat"]), before)
     assert torch.equal(sd.encode_prompt(["a <toy>", "sks"])[1:], sd.encode_prompt(["sks"]))
@@ -151,7 +155,7 @@ def test_a_word_of_another_width(width: int, message: str, folder: Path) -> None
 def test_names_that_are_taken(folder: Path) -> None:
     sd = minti.load(folder, device="cpu")
     sd.add_concept(Concept("<toy>", vectors(2)))
-    rows = len(sd.text_encoder.token_embedding.weight)
+    rows = len(sd.text_encoder.token_embedding.rows)
     with pytest.raises(InputError, match="'<toy>' is in use already"):
         sd.add_concept(Concept("<toy>", vectors(1)))
     with pytest.raises(InputError, match="'<TOY>' is in use already"):
@@ -160,7 +164,7 @@ def test_names_that_are_taken(folder: Path) -> None:
         sd.add_concept(Concept("cat", vectors(1)))
     with pytest.raises(InputError, match="is empty"):
         sd.add_concept(Concept("  ", vectors(1)))
-    assert len(sd.text_encoder.token_embedding.weight) == rows
+    assert len(sd.text_encoder.token_embedding.rows) == rows == 2
     assert list(sd.tokenizer.placeholders) == ["<toy>"]
 
 

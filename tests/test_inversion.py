@@ -59,7 +59,8 @@ def latents(photos: int = 3, seed: int = 0, side: int = 8) -> Latents:
     g = torch.Generator().manual_seed(seed)
     shape = (2 * photos, 4, side, side)
     mean, std = torch.randn(shape, generator=g), 0.1 * torch.rand(shape, generator=g)
-    return Latents(mean, std, torch.ones(2 * photos, 1, side, side), torch.arange(2 * photos) // 2)
+    weight, photo = torch.ones(2 * photos, 1, side, side), torch.arange(2 * photos) // 2
+    return Latents(mean, std, weight, photo, sizes=torch.zeros(2 * photos, 6))
 
 
 def a_word(sd: StableDiffusion, n: int = 1, placeholder: str = "<toy>", **changes) -> Word:
@@ -78,7 +79,6 @@ def weights(sd: StableDiffusion) -> dict[str, Tensor]:
     state = {}
     for name in ("text_encoder", "unet", "vae"):
         state |= {f"{name}.{key}": value for key, value in getattr(sd, name).state_dict().items()}
-    state = {key.replace("token_embedding.table.", "token_embedding."): v for key, v in state.items()}
     return {key: value.clone() for key, value in state.items() if ".words." not in key}
 
 

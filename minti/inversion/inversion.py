@@ -111,14 +111,16 @@ class Inversion:
 
     def _losses(self, samples: Sequence[Batch]) -> Tensor:
         """The loss of each sample: words one after the other, (sum of counts,) float32."""
-        x0, weight = [], []
+        x0, weight, sizes = [], [], []
         for word, s in zip(self.words, samples, strict=True):
             view, latents = self._send(s.view), word.latents
             x0.append(latents.mean[view] + latents.std[view] * self._send(s.posterior_noise))
             weight.append(latents.weight[view])
+            sizes.append(latents.sizes[view])
         ids = torch.stack([self._encode(prompt) for s in samples for prompt in s.prompts])
         eps, t = torch.cat([s.eps for s in samples]), torch.cat([s.t for s in samples])
-        return self._loss(torch.cat(x0), torch.cat(weight), self._send(eps), self._send(t), self._send(ids))
+        sent = (self._send(eps), self._send(t), self._send(ids))
+        return self._loss(torch.cat(x0), torch.cat(weight), *sent, torch.cat(sizes))
 
     def _send(self, tensor: Tensor) -> Tensor:
         """To the model's device, without waiting for what it is doing."""
@@ -126,13 +128,14 @@ class Inversion:
             tensor = tensor.pin_memory()
         return tensor.to(self.sd.device, non_blocking=True)
 
-    def _sample_loss(self, x0: Tensor, weight: Tensor, eps: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+    def _sample_loss(
+        self, x0: Tensor, weight: Tensor, eps: Tensor, t: Tensor, ids: Tensor, sizes: Tensor
+    ) -> Tensor:
         """|| target - eps_theta(x_t, t, c(ids)) ||^2: x0, weight, eps (B, ., h, w), t (B,), ids (B, 77)."""
         schedule = self.sd.schedule
         x_t = schedule.q_sample(x0, eps, t).to(self.sd.dtype)
         x_t = torch.cat([x_t, *(extra.expand(len(x_t), -1, -1, -1) for extra in self._extra)], dim=1)
-        context = self.sd.text_encoder(ids).context
-        prediction = self.sd.unet(x_t, t, context).float()
+        prediction = self.sd.unet(x_t, t, *self.sd.condition(ids, sizes)).float()
         error = weight * (prediction - schedule.target(x0, eps, t)) ** 2  # (B, C, h, w)
         return error.mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3)).clamp(min=1e-6)
 

@@ -27,11 +27,14 @@ class View:
         pixels: (3, S, S) float32 in [-1, 1].
         weight: (1, S, S) float32 in [0, 1], how much each pixel counts.
         photo: index of the photo.
+        sizes: what SDXL is told, in pixels: height and width of the photo; top and left of the view in the
+            photo resized to match; height and width of the view.
     """
 
     pixels: Tensor
     weight: Tensor
     photo: int
+    sizes: tuple[int, ...]
 
 
 def make_views(
@@ -57,27 +60,38 @@ def make_views(
         if crop == "none" and min(width, height) * size < max(width, height):
             raise InputError(f"{photo.path}: {width}x{height} is too narrow to be shown whole; cut it")
         for place in rng.random((RANDOM_CROPS, 3)) if crop == "random" else [(0.5, 0.5, 1.0)]:
-            pixels = _square(image, size, crop, place) / 127.5 - 1
-            weight = _square(mask, size, crop, place) / 255
+            cut = _cut(image.size, crop, place)
+            pixels = _square(image, size, crop, cut) / 127.5 - 1
+            weight = _square(mask, size, crop, cut) / 255
             if weight.any():
                 is_empty = False
-                yield View(pixels, weight, index)
-                if flip:
-                    yield View(pixels.flip(2), weight.flip(2), index)
+                scale = size / (cut[2] - cut[0])
+                left, top, right, _ = (round(edge * scale) for edge in cut)
+                yield View(pixels, weight, index, (height, width, top, left, size, size))
+                if flip:  # the mirrored view begins where the other one ends
+                    left = round(width * scale) - right
+                    sizes = (height, width, top, left, size, size)
+                    yield View(pixels.flip(2), weight.flip(2), index, sizes)
         if is_empty:
             raise InputError(f"{photo.path}: its mask is black in all that is cut out of it; change the mask")
 
 
-def _square(image: Image.Image, size: int, crop: str, place: Sequence[float]) -> Tensor:
-    """(channels, size, size) float32, 0 to 255; `place` is left, top and side of a cut, each in [0, 1]."""
+def _cut(size: tuple[int, int], crop: str, place: Sequence[float]) -> tuple[float, ...]:
+    """(left, top, right, bottom) of what is shown; `place` is left, top and side of a cut, each in [0, 1]."""
+    if crop in ("squash", "none"):
+        return (0, 0, *size)
+    side = (0.7 + 0.3 * place[2]) * min(size)
+    left, top = (place[i] * (size[i] - side) for i in (0, 1))
+    return (left, top, left + side, top + side)
+
+
+def _square(image: Image.Image, size: int, crop: str, cut: tuple[float, ...]) -> Tensor:
+    """(channels, size, size) float32, 0 to 255."""
     if crop == "squash":
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     elif crop == "none":
         image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=0)
     else:
-        side = (0.7 + 0.3 * place[2]) * min(image.size)
-        left, top = (place[i] * (image.size[i] - side) for i in (0, 1))
-        cut = (left, top, left + side, top + side)
         image = image.resize((size, size), Image.Resampling.BICUBIC, cut)
     pixels = torch.from_numpy(np.atleast_3d(np.asarray(image)).astype(np.float32))
     return pixels.permute(2, 0, 1)  # (S, S, C) -> (C, S, S)
@@ -91,12 +105,14 @@ class Latents:
         mean, std: (V, C, h, w) float32, of about unit variance, on the device of the model.
         weight: (V, 1, h, w) float32, how much each latent counts in the loss.
         photo: (V,) int64 on the CPU, the photo that each view shows.
+        sizes: (V, 6) float32 on the device of the model, `View.sizes`.
     """
 
     mean: Tensor
     std: Tensor
     weight: Tensor
     photo: Tensor
+    sizes: Tensor
 
 
 @torch.no_grad()
@@ -105,8 +121,9 @@ def encode_views(sd: StableDiffusion, views: Iterable[View]) -> Latents:
     scale, f = sd.vae.config.scaling_factor, sd.vae.config.downscale
     encoded = []
     for view in views:
-        moments = sd.vae.encode(view.pixels[None].to(sd.device, sd.dtype))
+        moments = sd.vae.encode(view.pixels[None].to(sd.device, sd.vae.dtype))
         weight = F.avg_pool2d(view.weight[None], f)  # (1, 1, S, S) -> (1, 1, h, w)
         mean, std = moments.mean.float() * scale, moments.std.float() * scale
-        encoded.append((mean, std, weight.to(sd.device), torch.tensor([view.photo])))
+        sizes = torch.tensor([view.sizes], dtype=torch.float32, device=sd.device)
+        encoded.append((mean, std, weight.to(sd.device), torch.tensor([view.photo]), sizes))
     return Latents(*map(torch.cat, zip(*encoded, strict=True)))

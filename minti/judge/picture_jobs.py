@@ -76,7 +76,7 @@ class Job:
 def models(sd: StableDiffusion, scorer: Scorer) -> dict[str, str]:
     """What tells the models apart that make and judge pictures."""
     return {
-        "model": model_hash(sd.text_encoder.text_model.encoder, sd.unet, sd.vae),
+        "model": model_hash(sd.text_encoder, sd.unet, sd.vae),
         "dtype": str(sd.dtype),
         "clip": model_hash(scorer.image_encoder),
     }
@@ -95,7 +95,7 @@ def prompt_job(
     Raises:
         InputError: the prompt has no room for the word; an impossible size.
     """
-    vectors = sd.text_encoder.token_embedding(sd.tokenizer([prompt]).to(sd.device)).detach().float()
+    vectors = sd.look_up(sd.tokenizer([prompt]).to(sd.device)).detach().float()
     prompt_hash = hashlib.sha256(vectors.cpu().numpy().tobytes()).hexdigest()[:12]
     size = list(sd.check_size(protocol.size))
     about = {**about, **asdict(protocol), "size": size, "prompt": prompt_hash}

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention, merge_heads, split_heads
-from .clip import table
+from .attention import attention
+from .clip import TextOutput, embedding_table
+from .embedding import TokenEmbedding
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class BertAttention(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(merge_heads(attention(q, k, v)))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attention(q, k, v, self.heads))
 
 
 class BertLayer(nn.Module):
@@ -68,8 +69,8 @@ class BertEncoder(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.embed_tokens = table(config.vocab_size, config.hidden_size)
-        self.embed_positions = table(config.max_position_embeddings, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = embedding_table(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.layer_norm = nn.LayerNorm(config.hidden_size)
 
@@ -88,6 +89,6 @@ class BertTextModel(nn.Module):
         self.config = config
         self.model = BertEncoder(config)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Encode token ids, (B, L) int64 with L at most 77, -> (B, L, D): what the UNet attends to."""
-        return self.model(ids)
+    def forward(self, ids: Tensor) -> TextOutput:
+        """Encode token ids, (B, L) int64 with L at most 77; the context is (B, L, D), normalised."""
+        return TextOutput(self.model(ids))

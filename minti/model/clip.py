@@ -8,6 +8,7 @@ very first step, the table that turns a token id into a vector.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .attention import attention
 from .config import TextConfig, VisionConfig
+from .embedding import TokenEmbedding
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -82,13 +84,12 @@ class CLIPEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(CLIPLayer(config, causal) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, D) -> the output of the last layer and, for SDXL, its input, both (B, N, D)."""
-        penultimate = x
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, N, D) -> x and the output of every layer, each (B, N, D)."""
+        hidden_states = [x]
         for layer in self.layers:
-            penultimate = x
-            x = layer(x)
-        return x, penultimate
+            hidden_states.append(layer(hidden_states[-1]))
+        return hidden_states
 
 
 def embedding_table(rows: int, dim: int) -> nn.Embedding:
@@ -102,7 +103,7 @@ class TextEmbeddings(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.token_embedding = embedding_table(config.vocab_size, config.hidden_size)
+        self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embedding = embedding_table(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -118,24 +119,33 @@ class TextTransformer(nn.Module):
         self.encoder = CLIPEncoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) ids -> the last layer, normalised, and the one before it as it is, both (B, L, D)."""
-        x, penultimate = self.encoder(self.embeddings(ids))
-        return self.final_layer_norm(x), penultimate
+    def forward(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, L) ids -> the last layer, normalised, and all layers as they are, each (B, L, D)."""
+        hidden_states = self.encoder(self.embeddings(ids))
+        return self.final_layer_norm(hidden_states[-1]), hidden_states
 
 
 class TextOutput(NamedTuple):
-    """What the text encoder makes of a batch of prompts of L tokens.
+    """What a text encoder makes of a batch of prompts of L tokens.
 
     Attributes:
-        context: (B, L, D), the last layer, normalised. The UNets of SD 1.x and 2.x attend to it.
-        penultimate: (B, L, D), the last layer but one, not normalised. SDXL's UNet attends to it.
+        context: (B, L, D), what the UNet attends to; CLIP's is the last layer, normalised.
         pooled: (B, D), the context at the end token; projected, (B, P), where there is a text_projection.
+        hidden_states: the input and the output of every layer, each (B, L, D), not normalised.
     """
 
     context: Tensor
-    penultimate: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
+    hidden_states: Sequence[Tensor] = ()
+
+
+def first_end(ids: Tensor, end_id: int) -> Tensor:
+    """Where the first end token of each prompt is, (B, L) -> (B,).
+
+    CLIP's own code looks for the largest id, which goes wrong once there are placeholder words, whose ids are
+    larger.
+    """
+    return (ids == end_id).int().argmax(dim=1)
 
 
 class CLIPTextModel(nn.Module):
@@ -150,22 +160,15 @@ class CLIPTextModel(nn.Module):
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     @property
-    def token_embedding(self) -> nn.Module:
+    def token_embedding(self) -> TokenEmbedding:
         """The table of token vectors, (vocab_size, D), to which Textual Inversion adds its rows."""
         return self.text_model.embeddings.token_embedding
 
     def forward(self, ids: Tensor) -> TextOutput:
-        """Encode prompts.
-
-        The pooled vector is read at the first end token of each prompt. (CLIP's own code looks for the
-        largest id, which goes wrong once there are placeholder words, whose ids are larger.)
-
-        Args:
-            ids: (B, L) int64 from the tokenizer, L at most 77.
-        """
-        context, penultimate = self.text_model(ids)
-        end = (ids == self.config.eos_token_id).int().argmax(dim=1)  # (B, L) -> (B,)
+        """Encode the ids of prompts, (B, L) int64, L at most 77."""
+        context, hidden_states = self.text_model(ids)
+        end = first_end(ids, self.config.eos_token_id)
         pooled = context[torch.arange(len(ids), device=ids.device), end]  # (B, L, D) -> (B, D)
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
-        return TextOutput(context, penultimate, pooled)
+        return TextOutput(context, pooled, hidden_states)

@@ -1,4 +1,4 @@
-"""The embedding table of the text encoder with the rows of learned words behind it."""
+"""The table of word vectors that a text encoder begins with, and the rows of learned words behind it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LearnedWord(Protocol):
     vectors: Tensor
 
 
-FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "LDM, or SDXL's second encoder"}
+FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "LDM, or SDXL's second encoder", 2048: "SDXL, 768 + 1280"}
 
 
 def encoder_of(width: int) -> str:
@@ -24,47 +24,38 @@ def encoder_of(width: int) -> str:
     return f"{width}-wide encoder" + (f" ({FAMILIES[width]})" if width in FAMILIES else "")
 
 
-class PlaceholderEmbedding(nn.Module):
-    """The text encoder's table of word vectors, frozen, with learned rows below it.
+class TokenEmbedding(nn.Module):
+    """A table of word vectors, frozen, with the rows of learned words below it.
 
     Ids of the vocabulary look a vector up in the table, ids above it in the rows of the placeholder words,
-    one word after the other. These rows are parameters of their own, in float32 whatever the table's dtype,
-    so that nothing but them can ever receive a gradient.
+    one word after the other. The rows are parameters of their own, in float32 whatever the table's dtype, so
+    that nothing but them can ever receive a gradient.
 
-    Args:
-        table: (vocab_size, D) embedding of the checkpoint.
-        words: (num_vectors, D) for each placeholder word.
+    Attributes:
+        weight: (vocab_size, D), the checkpoint's own vectors.
+        words: (num_vectors, D) for each learned word; wider where two encoders share the rows of a word.
+        columns: the D columns of such shared rows that are read here.
     """
 
-    def __init__(self, table: nn.Embedding, *words: Tensor) -> None:
+    def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
-        self.table = table
+        weight = torch.empty(vocab_size, width)
+        self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_())
         self.words = nn.ParameterList()
-        for rows in words:
-            self.add(rows)
-
-    def add(self, rows: Tensor) -> nn.Parameter:
-        """Append a word, (num_vectors, D), frozen at first; its ids follow those of the words before."""
-        rows = rows.to(self.table.weight.device, torch.float32, copy=True)
-        self.words.append(nn.Parameter(rows, requires_grad=False))
-        return self.words[-1]
+        self.columns = slice(0, width)
 
     @property
     def rows(self) -> Tensor:
         """The rows of all words, (n, D) float32."""
-        empty = self.table.weight.new_empty(0, self.table.embedding_dim, dtype=torch.float32)
-        return torch.cat([empty, *self.words])
-
-    @property
-    def weight(self) -> Tensor:
-        """Table and rows as one, (vocab_size + n, D), in the table's dtype."""
-        return torch.cat([self.table.weight, self.rows.to(self.table.weight.dtype)])
+        if not self.words:
+            return self.weight.new_empty(0, self.weight.shape[1], dtype=torch.float32)
+        return torch.cat(list(self.words))[:, self.columns]
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, D) in the table's dtype."""
-        vocab_size = self.table.num_embeddings
+        vocab_size = len(self.weight)
         learned = ids >= vocab_size
-        known = self.table(ids.where(~learned, 0))
+        known = F.embedding(ids.where(~learned, 0), self.weight)
         if not self.words:
             return known
         rows = F.embedding((ids - vocab_size).where(learned, 0), self.rows).to(known.dtype)

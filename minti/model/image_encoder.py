@@ -43,7 +43,9 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D): the last layer at the vector that stands for the whole."""
-        x, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        for layer in self.encoder.layers:
+            x = layer(x)
         return self.post_layernorm(x[:, 0])
 
 

@@ -22,9 +22,8 @@ def model_hash(*modules: nn.Module) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for name, weight in module.named_parameters():
-            if "token_embedding.words." in name:
+            if ".words." in name:
                 continue
-            name = name.replace("token_embedding.table.", "token_embedding.")
             bits = weight.view(BITS[weight.element_size()])
             flat = bits.flatten()  # in the order of the indices, whatever the memory format
             samples = flat[:: max(1, flat.numel() // SAMPLES)]

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .clip import CLIPTextModel
+from .conditioning import Conditioning
 from .diffusion import Schedule
-from .embedding import LearnedWord, PlaceholderEmbedding, encoder_of
+from .embedding import LearnedWord, TokenEmbedding, encoder_of
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
@@ -25,14 +25,18 @@ def compile_for(device: torch.device, function: Callable[..., Tensor]) -> Callab
 
 @dataclass
 class StableDiffusion:
-    """A text-to-image latent diffusion model. All modules are frozen and share one device and dtype."""
+    """A text-to-image latent diffusion model.
+
+    All modules are frozen and share one device and dtype, except for an autoencoder that needs float32.
+    """
 
     tokenizer: Tokenizer
-    text_encoder: CLIPTextModel
+    text_encoder: nn.Module  # token ids to a `TextOutput`
     unet: UNet
     vae: VAE
     schedule: Schedule
     source: str = "the checkpoint"  # where it was loaded from, for messages
+    zero_empty_prompt: bool = False  # was trained with zeros for no prompt, instead of the prompt ""
 
     @property
     def device(self) -> torch.device:
@@ -50,8 +54,17 @@ class StableDiffusion:
     @property
     def vocabulary(self) -> Tensor:
         """The checkpoint's own word vectors, (vocab_size, D), without any learned ones."""
-        table = self.text_encoder.token_embedding
-        return table.table.weight if isinstance(table, PlaceholderEmbedding) else table.weight
+        tables = [table.weight for table in self.tables]
+        return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
+
+    @property
+    def tables(self) -> list[TokenEmbedding]:
+        """The tables of word vectors: one for each text encoder; a word has columns in every one of them."""
+        return [module for module in self.text_encoder.modules() if isinstance(module, TokenEmbedding)]
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The vectors that the text encoders begin with, (B, L) -> (B, L, D)."""
+        return torch.cat([table(ids) for table in self.tables], dim=-1)
 
     def add_concept(self, concept: LearnedWord, *, replace: bool = False) -> nn.Parameter:
         """Teach the model a learned word: it can be used in every prompt from now on.
@@ -65,19 +78,20 @@ class StableDiffusion:
         Raises:
             InputError: the word was learned for another kind of model, or its name is taken.
         """
-        table = self.text_encoder.token_embedding
-        width, own = concept.vectors.shape[1], self.text_encoder.config.hidden_size
+        tables = self.tables
+        width, own = concept.vectors.shape[1], sum(table.weight.shape[1] for table in tables)
         if width != own:
             raise InputError(
                 f"{concept.placeholder!r} was learned on a {encoder_of(width)}, this checkpoint has a "
                 f"{encoder_of(own)}; use the model it was learned on"
             )
-        embedding = table if isinstance(table, PlaceholderEmbedding) else PlaceholderEmbedding(table)
-        first = len(embedding.weight)
+        first = len(tables[0].weight) + len(tables[0].rows)
         ids = range(first, first + len(concept.vectors))
         self.tokenizer.add_placeholder(concept.placeholder, ids, replace=replace)
-        self.text_encoder.text_model.embeddings.token_embedding = embedding
-        return embedding.add(concept.vectors)
+        rows = nn.Parameter(concept.vectors.to(self.device, torch.float32, copy=True), requires_grad=False)
+        for table in tables:
+            table.words.append(rows)
+        return rows
 
     def compile(self) -> None:
         """Make sampling faster, after a first step that takes minutes."""
@@ -87,6 +101,11 @@ class StableDiffusion:
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to what the UNet attends to, (B, 77, D)."""
         return self.text_encoder(self.tokenizer(prompts).to(self.device)).context
+
+    def condition(self, ids: Tensor, sizes: Tensor) -> Conditioning:
+        """What the UNet is told of token ids, (B, 77), and of sizes and crops, (B, 6)."""
+        text = self.text_encoder(ids)
+        return Conditioning(text.context, None if self.unet.add_embedding is None else (text.pooled, sizes))
 
     def check_weights(self) -> None:
         """Raises InputError, with its name, if a weight is NaN or infinite, be it only in this dtype."""
@@ -116,7 +135,7 @@ class StableDiffusion:
         Raises:
             InputError: the autoencoder's output is not finite.
         """
-        z = latents.to(self.dtype) / self.vae.config.scaling_factor
+        z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         # Few at a time: for a large picture the decoder takes more memory than everything before it.
         count = max(1, 64**2 // z[0, 0].numel())
         pixels = [self.vae.decode(part) for part in z.split(count)]
@@ -130,7 +149,7 @@ class StableDiffusion:
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         steps: int = 50,
         guidance_scale: float = 7.5,
         eta: float = 0.0,
@@ -143,7 +162,7 @@ class StableDiffusion:
 
         Args:
             prompt: one prompt or several.
-            negative_prompt: what to steer away from, instead of from the empty prompt.
+            negative_prompt: what to steer away from, instead of from no prompt.
             steps: DDIM steps.
             guidance_scale: 1 is the model as it is; more follows the prompt closer (see `denoise`).
             eta: 0 is deterministic, 1 has the noise of DDPM.
@@ -169,16 +188,22 @@ class StableDiffusion:
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         steps: int = 50,
         guidance_scale: float = 7.5,
         eta: float = 0.0,
         size: int | tuple[int, int] | None = None,
+        size_condition: Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
         """Turn noise into latents, one picture for each prompt and its seed, yielding every x_t on the way.
 
         With a guidance scale w above 1 the UNet is asked twice, in one batch, with the prompt and without,
         and eps = eps_without + w (eps_with - eps_without): classifier-free guidance (arXiv 2207.12598).
+
+        Args:
+            size_condition: for SDXL, what the pictures should look like a crop of, six numbers in pixels:
+                original height and width, top and left of the crop, target height and width. By default a
+                photo of this very size. See `sample` for the others.
 
         Yields:
             (B, C, h, w) float32, `steps` times; the last are the finished latents.
@@ -193,14 +218,15 @@ class StableDiffusion:
         x_T = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(device)
 
         guided = guidance_scale > 1
-        texts = [negative_prompt] * len(prompts) * guided + list(prompts)
-        different = list(dict.fromkeys(texts))
-        context = self.encode_prompt(different)[[different.index(text) for text in texts]]
+        texts = [negative_prompt] * len(prompts) + list(prompts) if guided else list(prompts)
+        context, added = self._encode_all(texts, size_condition or (height, width, 0, 0, height, width))
         # All that depends on the prompts or on the time, for all steps at once.
         context_kv = self.unet.embed_context(context)
         times = [t for t, _ in self.schedule.timesteps(steps)]
-        time_shifts = self.unet.embed_time(torch.tensor(times, device=device)).split(1)
-        time_shifts = dict(zip(times, time_shifts, strict=True))
+        rows = 1 if added is None else len(texts)  # of time_shifts at each step
+        added = added and tuple(condition.repeat(steps, 1) for condition in added)
+        t = torch.tensor(times, device=device).repeat_interleave(rows)
+        time_shifts = dict(zip(times, self.unet.embed_time(t, added).split(rows), strict=True))
         extra = self.inpainting_channels(x_T)
 
         def predict(x_t: Tensor, t: int) -> Tensor:
@@ -216,6 +242,17 @@ class StableDiffusion:
 
         yield from self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
 
+    def _encode_all(self, texts: Sequence[str | None], sizes: Sequence[int]) -> Conditioning:
+        """Conditions for each of some prompts, None for no prompt. Every different prompt is encoded once."""
+        different = list(dict.fromkeys(texts))
+        ids = self.tokenizer([text or "" for text in different]).to(self.device)
+        context, added = self.condition(ids, torch.tensor([sizes] * len(different), device=self.device))
+        if self.zero_empty_prompt and None in different:
+            none = different.index(None)
+            context[none], added[0][none] = 0, 0
+        order = [different.index(text) for text in texts]
+        return Conditioning(context[order], added and tuple(condition[order] for condition in added))
+
     @torch.no_grad()
     def inpainting_channels(self, x: Tensor) -> list[Tensor]:
         """What an inpainting UNet sees beside noisy latents x, (B, C, h, w): a mask and a picture.
@@ -225,8 +262,8 @@ class StableDiffusion:
         if self.unet.config.in_channels == x.shape[1]:
             return []
         h, w = (side * self.vae.config.downscale for side in x.shape[2:])
-        grey = self.vae.encode(torch.zeros(1, 3, h, w, device=x.device, dtype=self.dtype)).mean
-        grey = grey * self.vae.config.scaling_factor
+        grey = self.vae.encode(torch.zeros(1, 3, h, w, device=x.device, dtype=self.vae.dtype)).mean
+        grey = grey.to(self.dtype) * self.vae.config.scaling_factor
         return [torch.ones_like(x[:, :1], dtype=self.dtype), grey.expand_as(x)]
 
     def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -45,8 +45,12 @@ def training_memory(sd: StableDiffusion, batch: int, size: tuple[int, int]) -> t
         own = {p.untyped_storage()._cdata for p in unet.parameters()}
         x = torch.empty(batch, config.in_channels, size[1] // downscale, size[0] // downscale, dtype=sd.dtype)
         context = torch.empty(batch, 77, config.cross_attention_dim, dtype=sd.dtype, requires_grad=True)
+        added = None
+        if config.addition_time_embed_dim:
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            added = torch.empty(batch, pooled, dtype=sd.dtype, requires_grad=True), torch.empty(batch, 6)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            unet(x, torch.zeros(batch), context)
+            unet(x, torch.zeros(batch), context, added)
     return weights, sum(saved.values())
 
 

@@ -83,7 +83,7 @@ class Trainer:
         self._inits = [run.word.init.to(sd.device) for run in runs]
         self._unread: list[tuple[list[float], Tensor]] = []  # of the steps not yet logged; see `_measure`
         self.state_path = Path(args.out) / "state.safetensors"
-        self._model = model_hash(sd.text_encoder.text_model.encoder, sd.unet, sd.vae)
+        self._model = model_hash(sd.text_encoder, sd.unet, sd.vae)
         self._dtype = str(sd.dtype).removeprefix("torch.")
         model = torch.tensor(list(self._model.encode()), dtype=torch.uint8)
         # What a run depends on beside its settings. Weights are not the same numbers in another dtype.
@@ -286,7 +286,7 @@ class Trainer:
 
     def nearest_words(self, index: int, count: int = 8) -> list[list[tuple[str, float]]]:
         """For each vector of a word the words of the vocabulary that point the same way, with cosines."""
-        table = self.sd.text_encoder.token_embedding.table.weight.float()
+        table = self.sd.vocabulary.float()
         names = {i: symbol for symbol, i in self.sd.tokenizer.vocab.items()}
         rows = self._vectors(index).to(table.device)
         cosines = F.normalize(rows, dim=1) @ F.normalize(table, dim=1).T  # (num_vectors, vocab_size)

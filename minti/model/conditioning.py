@@ -1,0 +1,56 @@
+"""What the UNet is told beside the time step, and the two text encoders of SDXL (arXiv 2307.01952).
+
+Most models have one text encoder, whose output is all that the UNet attends to. SDXL has two, side by side:
+the UNet attends to both outputs, one beside the other, and is also told, by way of the time embedding, a
+summary of the prompt and six numbers: the size of the photo, where it was cropped, and the size of the
+result. Either kind turns token ids into a `TextOutput`, and the rest of minti does not tell them apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .clip import CLIPTextModel, TextOutput, first_end
+
+
+class Conditioning(NamedTuple):
+    """What the UNet is conditioned on beside the time step, for B prompts."""
+
+    context: Tensor  # (B, 77, D), which it attends to
+    added: tuple[Tensor, Tensor] | None = (
+        None  # SDXL: pooled text (B, P), and sizes and crops in pixels (B, 6)
+    )
+
+
+class TwoTextEncoders(nn.Module):
+    """SDXL's text side: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 read the same prompt.
+
+    Both have the same vocabulary, but fill up short prompts with different tokens, which the UNet sees. The
+    rows of a learned word have one part for each encoder, (num_vectors, D1 + D2), as the context has.
+
+    Args:
+        text_encoder, text_encoder_2: the second has a text projection.
+        pad_2: the id that fills up prompts of the second encoder; the first takes them as they come.
+    """
+
+    def __init__(self, text_encoder: CLIPTextModel, text_encoder_2: CLIPTextModel, pad_2: int) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2, self.pad_2 = text_encoder, text_encoder_2, pad_2
+        width = text_encoder.config.hidden_size
+        text_encoder_2.token_embedding.columns = slice(width, width + text_encoder_2.config.hidden_size)
+
+    def forward(self, ids: Tensor) -> TextOutput:
+        """Encode token ids, (B, 77) int64, as the first encoder's tokenizer gives them.
+
+        Returns:
+            context (B, 77, D1 + D2): the last layer but one of either encoder, without final normalisation;
+            pooled (B, P): the projected output of the second encoder at the end token.
+        """
+        end = first_end(ids, self.text_encoder.config.eos_token_id)  # (B,)
+        behind = torch.arange(ids.shape[1], device=ids.device) > end[:, None]  # (B, 77)
+        first, second = self.text_encoder(ids), self.text_encoder_2(ids.masked_fill(behind, self.pad_2))
+        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return TextOutput(context, pooled=second.pooled)
