@@ -93,7 +93,7 @@ def plan_jobs(prompts: Sequence[str], seed: int, num_images: int, out: Path) -> 
 
 def load_with_concepts(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]:
     """The checkpoint with its learned words, (word -> concept)."""
-    concepts: dict[str, Concept] = {}
+    concepts, files = {}, {}
     for text in args.concept:
         word, equals, file = text.partition("=")
         if not equals or Path(text).exists():
@@ -103,10 +103,16 @@ def load_with_concepts(args: argparse.Namespace) -> tuple[StableDiffusion, dict[
                 raise InputError(
                     f"{file}: {concept.placeholder!r} is learned twice; rename one: --concept '<new>={file}'"
                 )
-            concepts[concept.placeholder] = concept
+            concepts[concept.placeholder], files[concept.placeholder] = concept, file
     sd = load_model(args)
-    for concept in concepts.values():
-        sd.add_concept(concept)
+    for word, concept in concepts.items():
+        try:
+            sd.add_concept(concept)
+        except InputError as error:
+            if concept.vectors.shape[1] != sd.text_encoder.config.hidden_size:
+                raise InputError(f"{files[word]}: {error}") from None
+            new = "<new>" if word.startswith("<") else f"<{word}>"
+            raise InputError(f"{files[word]}: {error}: --concept '{new}={files[word]}'") from None
     return sd, concepts
 
 

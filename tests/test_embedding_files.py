@@ -164,7 +164,8 @@ def test_kohya_and_onetrainer(suffix: str, tmp_path: Path, caplog: pytest.LogCap
     word, rows = one(write(tmp_path / f"one{suffix}", content))
     assert word == "one"
     assert torch.equal(rows, content["emp_params"])
-    assert "emp_params_out ignored" in caplog.text
+    assert "left aside emp_params_out, which OneTrainer adds to the text encoder's output" in caplog.text
+    assert "vectors in it" in refused(write(tmp_path / f"out{suffix}", {"emp_params_out": vectors(2)}))
 
 
 def test_kohya_metadata(tmp_path: Path) -> None:
@@ -182,7 +183,8 @@ def test_sdxl(suffix: str, tmp_path: Path) -> None:
         word, rows = one(path, width=width)
         assert word == "toy"
         assert torch.equal(rows, content[key])
-    with pytest.raises(InputError, match="SDXL, which needs two sets of vectors, 768 and 1280 wide"):
+    message = rf"several text encoders \(SDXL\), of widths 768, 1280; take one: .* '{path}' OUT --width 768"
+    with pytest.raises(InputError, match=message):
         Concept.load(path)
     with pytest.raises(InputError, match=r"on a 768-wide encoder \(SD 1\.x\), not on a 1024-wide .*SD 2\.x"):
         Concept.load(path, width=1024)
@@ -195,6 +197,71 @@ def test_a_tensor_by_itself(rows: Tensor, tmp_path: Path) -> None:
     assert word == "toy"
     assert torch.equal(read, torch.atleast_2d(rows))
     assert one(tmp_path / "toy.pt", placeholder="<toy>")[0] == "<toy>"
+
+
+def test_pivotal_tuning(tmp_path: Path) -> None:
+    """As diffusers' TokenEmbeddingsHandler writes it: a token <s0>, <s1>, ... for each vector."""
+    content = {"text_encoders_0": vectors(2)}
+    assert one(write(tmp_path / "a.safetensors", content))[0] == "<s0><s1>"
+    content["text_encoders_1"] = vectors(2, 1280)
+    (tmp_path / "b.pti").write_bytes(write(tmp_path / "b.safetensors", content).read_bytes())
+    word, rows = one(tmp_path / "b.pti", width=1280)
+    assert word == "<s0><s1>"
+    assert torch.equal(rows, content["text_encoders_1"])
+
+
+def test_a_lightning_module(tmp_path: Path) -> None:
+    path = write(tmp_path / "toy.pt", {"state_dict": {"emb_params": vectors(2)}, "epoch": 3})
+    assert torch.equal(one(path)[1], vectors(2))
+    inside_itself: dict = {}
+    inside_itself["state_dict"] = inside_itself
+    assert "no vectors in it" in refused(write(path, inside_itself))
+
+
+LORA = {
+    "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 8),
+    "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(4.0),
+}
+
+
+@BOTH
+def test_words_bundled_with_a_lora(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As AUTOMATIC1111 and OneTrainer read and write them."""
+    content = LORA | {"bundle_emb.toy.string_to_param.*": vectors(2), "bundle_emb.sky.emb_params": vectors(1)}
+    content |= {"bundle_emb.<xl>.clip_l": vectors(3), "bundle_emb.<xl>.clip_l_out": vectors(3)}
+    found = {c.placeholder: c.vectors for c in Concept.load_all(write(tmp_path / f"l{suffix}", content))}
+    assert found.keys() == {"toy", "sky", "<xl>"}
+    assert torch.equal(found["toy"], vectors(2))
+    assert torch.equal(found["<xl>"], vectors(3))
+    assert "left aside the LoRA itself" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LORA,
+        {"unet.down_blocks.0.attentions.0.to_k.lora_A.weight": torch.ones(4, 8)},
+        {"text_encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight": torch.ones(4, 8)},
+        {"unet.mid_block.to_k_lora.down.weight": torch.ones(4, 8)},
+        {"lycoris_unet_a.hada_w1_a": torch.ones(4, 8)},
+    ],
+    ids=lambda content: next(iter(content)),
+)
+@BOTH
+def test_a_lora_is_called_so(suffix: str, content: dict, tmp_path: Path) -> None:
+    assert "it is a LoRA" in refused(write(tmp_path / f"lora{suffix}", content))
+
+
+@pytest.mark.parametrize("name", ["learned_embeds.safetensors", "learned_embeds.bin"])
+def test_folders_of_the_concepts_library(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name, {"<toy>": vectors(1)})
+    (tmp_path / "token_identifier.txt").write_text("<toy>")
+    assert one(tmp_path)[0] == "<toy>"
+
+
+def test_more_vectors_than_a_prompt_has_room_for(tmp_path: Path) -> None:
+    message = refused(write(tmp_path / "e.pt", {"emb_params": vectors(76)}))
+    assert "'e' is (76, 768) float32; vectors are floats, (D,) or (n, D), n at most 75" in message
 
 
 # Pictures ---
@@ -235,13 +302,14 @@ def test_pictures_without_a_word(tmp_path: Path) -> None:
         if text:
             info.add_text("sd-ti-embedding", text)
         Image.fromarray(photo()).save(path, pnginfo=info)
-        with pytest.raises(InputError, match=r"p\.png: (no|is not a) learned word"):
-            Concept.load(path)
+        assert "p.png: is not a learned word" in refused(path)
     content = path.read_bytes()
-    for part in (0.002, 0.3, 0.9):
+    for part in (0.3, 0.9):
         path.write_bytes(content[: int(len(content) * part) + 8])
-        with pytest.raises(InputError, match=r"p\.png: cannot be read as a picture"):
-            Concept.load(path)
+        assert re.search(r"p\.png: (cannot be read as a picture|is neither)", refused(path))
+    for suffix in ("webp", "jpg", "bmp", "tif", "gif"):
+        Image.fromarray(photo()).save(tmp_path / f"p.{suffix}")
+        assert "a picture without one in its text; pixels are not read" in refused(tmp_path / f"p.{suffix}")
 
 
 # What is refused ---
@@ -310,8 +378,8 @@ def test_whole_models(suffix: str, tmp_path: Path) -> None:
     for module in (oracles.unet(), oracles.text_encoder(), oracles.vae()):
         message = refused(write(tmp_path / f"model{suffix}", module.state_dict()))
         assert re.search(r"is not a learned word: '[\w.]+' is .*, beside \d+ others", message)
-    lora = {"lora_down.a": vectors(4, 320), "lora_up.a": vectors(32, 4)}
-    assert "its 2 tensors have widths 4, 320" in refused(write(tmp_path / f"lora{suffix}", lora))
+    mixed = {"down.a": vectors(4, 320), "up.a": vectors(32, 4)}
+    assert "its 2 tensors have widths 4, 320" in refused(write(tmp_path / f"mixed{suffix}", mixed))
     norm = {"ln.weight": vectors(1)[0], "ln.bias": vectors(1)[0]}
     assert "is not a learned word" in refused(write(tmp_path / f"norm{suffix}", norm))
     table = {"<toy>": torch.zeros(49408, 8)}
@@ -363,11 +431,15 @@ def test_truncated_files(suffix: str, part: float, tmp_path: Path) -> None:
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     assert "cannot be read (No such file" in refused(tmp_path / "nowhere.pt")
-    assert "cannot be read (Is a directory" in refused(tmp_path)
+    assert "is a folder without learned_embeds.safetensors or learned_embeds.bin" in refused(tmp_path)
+    os.mkfifo(tmp_path / "pipe.pt")
+    assert "is not a regular file" in refused(tmp_path / "pipe.pt")
+    hub = refused(Path("sd-concepts-library/cat-toy"))
+    assert "on the hub: hf download sd-concepts-library/cat-toy --local-dir cat-toy" in hub
     for content, message in (
         (b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
         (b"<!DOCTYPE html>", "web page"),
-        (b"\xff\xd8\xff\xe0 a photo", "neither safetensors nor"),
+        (b"\x93NUMPY", "neither safetensors nor"),
     ):
         (tmp_path / "e.pt").write_bytes(content)
         assert message in refused(tmp_path / "e.pt")
@@ -424,9 +496,9 @@ def test_files_as_any_other_reader_sees_them(tmp_path: Path) -> None:
 REPRODUCE = """
 import hashlib, sys, torch
 from pathlib import Path
-from minti.embedding_files import Entry, encode
-entry = Entry("<toy>", torch.arange(8.0).reshape(2, 4), {key: key * 2 for key in sys.argv[1]})
-other = Entry("<b>", torch.ones(1, 4), {"x": "y"})
+from minti.formats.concept import Concept, encode_concepts as encode
+entry = Concept("<toy>", torch.arange(8.0).reshape(2, 4), {key: key * 2 for key in sys.argv[1]})
+other = Concept("<b>", torch.ones(1, 4), {"x": "y"})
 for name, format, entries in [
     ("a.safetensors", None, [entry]), ("a.safetensors", None, [other, entry]), ("a.bin", None, [entry]),
     ("a.pt", None, [entry]), ("a.safetensors", "a1111", [entry]),
@@ -472,11 +544,16 @@ def test_several_words_keep_their_own_notes(tmp_path: Path) -> None:
         (["<a>"], "a.bin", "kohya", "choose from diffusers, a1111"),
         (["<a>", "<b>"], "a.pt", None, "holds one word, not 2"),
         (["<a>", "<a>"], "a.bin", None, "there twice"),
-        (["<a>", "<a>_1"], "a.bin", None, "'<a>_1' would be read as a vector of '<a>'"),
-        (["__metadata__"], "a.safetensors", None, "cannot be a word"),
-        (["clip_l"], "a.safetensors", None, "cannot be a word"),
-        (["<a>", "toy.bias"], "a.safetensors", None, "'toy.bias' cannot be a word"),
-        (["toy.weight"], "a.bin", None, "'toy.weight' cannot be a word"),
+        (["<a>", "<a>_1"], "a.bin", None, "'<a>_1' would not be read as a word again"),
+        *(
+            ([word], f"a{suffix}", None, f"'{word}' would not be read as a word again")
+            for word in ("__metadata__", "clip_l", "emp_params_out", "bundle_emb.a.b", "string_to_param")
+            for suffix in (".safetensors", ".bin")
+        ),
+        (["<a>", "toy.bias"], "a.safetensors", None, "'<a>' would not be read"),
+        (["toy.weight"], "a.bin", None, "'toy.weight' would not be read"),
+        (["<\udc80>"], "a.safetensors", None, "would not be read as a word again"),
+        (["lora_te_a"], "a.bin", None, "'lora_te_a' would not be read"),
     ],
 )
 def test_words_that_cannot_be_written(
@@ -561,6 +638,36 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'*': 2 vectors for a 1024-wide encoder (SD 2.x)" in lines[13]
     with pytest.raises(InputError, match="nowhere"):
         run("inspect", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_control_characters_do_not_reach_the_terminal(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b[2J\x07\x9b31m\N{RIGHT-TO-LEFT OVERRIDE}\r\udc80"
+    path = tmp_path / "a\x1b[31m.pt"
+    torch.save(a1111(vectors(1)) | {"sd_checkpoint": evil, evil: 3}, path)
+    run("inspect", path)
+    run("convert", path, tmp_path / f"b.{suffix}", "--placeholder", f"<{evil[:-1]}>")
+    printed = capsys.readouterr().out
+    assert printed.replace("\n", "").isprintable()
+    assert r"\x1b[2J\x07\x9b31m\u202e" in printed
+
+
+def test_leftovers_of_a_killed_conversion_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write(tmp_path / "a.bin", {"<toy>": vectors(1)}), tmp_path / "out[1].pt"
+    kept = tmp_path / ".out[1].pt.mine"
+    kept.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: os._exit(9))
+        if not (child := os.fork()):
+            run("convert", source, out)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(os.listdir(tmp_path)) == 3
+    run("convert", source, out)
+    assert sorted(os.listdir(tmp_path)) == sorted(path.name for path in (source, out, kept))
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path` by `content`: write beside it, flush to disk, rename.
+    """Replace the file at `path` by `content`: write beside it, flush to disk, rename, flush the folder.
 
     Raises:
         OSError: the disk is full or the folder not writable; whatever was at `path` is still there.
     """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None  # rather than none, or the temporary one
         raise
+    with contextlib.suppress(OSError):  # Windows has no folders to flush
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left of `path` beside it."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        temporary.unlink(missing_ok=True)

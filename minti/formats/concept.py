@@ -1,4 +1,4 @@
-"""A learned word: the rows that Textual Inversion adds to the embedding table, and the file they come in.
+"""A learned word: the vectors that Textual Inversion adds to the embedding table, and the file they come in.
 
 `python -m minti.concept` looks into such files, converts and merges them; see `minti/concept.py`.
 """
@@ -6,16 +6,29 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import InputError
 from ..model.embedding import encoder_of
-from . import embedding_files
 from .atomic import write_atomically
+from .embedding_files import find_words, is_picture, read_picture
+from .weightfile import read_metadata, read_nested
+
+log = logging.getLogger(__name__)
+
+IN_FOLDERS = ("learned_embeds.safetensors", "learned_embeds.bin")
+SUFFIXES = {"diffusers": (".safetensors", ".bin"), "a1111": (".pt", ".safetensors")}
 
 
 @dataclass(frozen=True)
@@ -37,11 +50,12 @@ class Concept:
         """Read the one word of a file in any of the formats of `embedding_files`.
 
         Args:
+            path: a file; or a folder of the concepts library or of a run, with a `learned_embeds` in it.
             placeholder: use this word instead of the one in the file.
-            width: take the vectors of this width, from a file for SDXL, which has two text encoders.
+            width: take the vectors of this width, where a word has some for several text encoders.
 
         Raises:
-            InputError: naming the file and what is wrong with it.
+            InputError: the file is missing, damaged, dangerous, or holds something else; the line names it.
         """
         concepts = cls.load_all(path, width=width)
         if len(concepts) > 1:
@@ -50,30 +64,28 @@ class Concept:
                 f"{path}: holds {len(concepts)} words ({words}), where one was expected; "
                 "Concept.load_all reads them all"
             )
-        (concept,) = concepts
-        return cls(placeholder or concept.placeholder, concept.vectors, concept.metadata)
+        return replace(concepts[0], placeholder=placeholder or concepts[0].placeholder)
 
     @classmethod
     def load_all(cls, path: str | Path, *, width: int | None = None) -> list[Concept]:
         """Read all words of a file; otherwise like `load`."""
-        path = Path(path)
-        _, entries = embedding_files.read(path)
-        widths = sorted({entry.vectors.shape[1] for entry in entries})
+        _, concepts = read_concepts(Path(path))
+        widths = sorted({concept.vectors.shape[1] for concept in concepts})
         if width is None and len(widths) > 1:
+            several = ", ".join(map(str, widths))
             raise InputError(
-                f"{path}: is a word for SDXL, which needs two sets of vectors, {widths[0]} and {widths[1]} "
-                "wide; here a word has one, choose it with --width (in Python width=...)"
+                f"{path}: is a word for several text encoders (SDXL), of widths {several}; "
+                f"take one: python -m minti.concept convert '{path}' OUT --width {widths[0]}"
             )
         if width is not None and width not in widths:
             raise InputError(
-                f"{path}: {entries[0].word!r} was learned on a {encoder_of(widths[0])}, "
+                f"{path}: {concepts[0].placeholder!r} was learned on a {encoder_of(widths[0])}, "
                 f"not on a {encoder_of(width)}; use the model it was learned on"
             )
-        chosen = [entry for entry in entries if width in (None, entry.vectors.shape[1])]
-        return [cls(entry.word, entry.vectors, entry.metadata) for entry in chosen]
+        return [concept for concept in concepts if width in (None, concept.vectors.shape[1])]
 
     def save(self, path: str | Path, *, format: str | None = None) -> None:
-        """Write a file that others read too, in one piece or not at all; see `save_concepts`."""
+        """Write a file that other programs read, too, in one piece or not at all; see `save_concepts`."""
         save_concepts(path, [self], format=format)
 
     @property
@@ -82,8 +94,76 @@ class Concept:
         return hashlib.sha256(self.vectors.contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
+def read_concepts(path: Path) -> tuple[str, list[Concept]]:
+    """Read a file: the name of its format, and its words.
+
+    A word for several text encoders comes several times, in several widths.
+
+    Raises:
+        InputError: see `Concept.load`.
+    """
+    path = _file_of(path)
+    try:
+        in_picture = is_picture(path)
+        content = read_picture(path) if in_picture else read_nested(path)
+        texts = {} if in_picture else read_metadata(path)
+        if isinstance(content, dict):
+            texts |= {str(k): str(v) for k, v in content.items() if isinstance(v, str | int | float)}
+        # A picture is passed on under any name, so its word is called as it says itself.
+        kind, words, aside = find_words(content, texts.get("name", path.stem) if in_picture else path.stem)
+        notes, concepts = _parse_notes(texts), []
+        for word, vectors in words:
+            vectors = torch.atleast_2d(vectors.detach()).float().clone()
+            if not vectors.isfinite().all():
+                raise ValueError(f"{word!r} has vectors that are not finite")
+            concepts.append(Concept(word, vectors, notes.get(word, notes[None])))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}: is not a learned word: {error}") from None
+    if aside:
+        log.warning("%s: left aside %s", path, aside)
+    return kind, concepts
+
+
+def _file_of(path: Path) -> Path:
+    """The file that a path stands for. Raises InputError if there is none."""
+    if path.is_dir():
+        found = [path / name for name in IN_FOLDERS if (path / name).is_file()]
+        if not found:
+            raise InputError(f"{path}: is a folder without {' or '.join(IN_FOLDERS)}; give a file")
+        return found[0]
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a regular file")
+    if not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w-]+", str(path)):
+        raise InputError(
+            f"{path}: does not exist here; if it is on the hub: hf download {path} --local-dir {path.name}"
+        )
+    return path
+
+
+def _parse_notes(texts: Mapping[str, str]) -> dict[str | None, dict[str, str]]:
+    """What a file says of itself: by word where it holds several, under None what holds for any word."""
+    try:
+        notes = json.loads(texts["minti"])
+        by_word = {word: values for word, values in notes.items() if isinstance(values, dict)}
+        notes = {None: {}, **by_word} if by_word else {None: notes}
+        return {word: {key: str(value) for key, value in some.items()} for word, some in notes.items()}
+    except (KeyError, ValueError, AttributeError, RecursionError):
+        return {None: dict(texts)}
+
+
 def save_concepts(path: str | Path, concepts: Sequence[Concept], *, format: str | None = None) -> None:
-    """Write words into one file. The same words give the same bytes.
+    """Write words into one file, see `encode_concepts`.
+
+    Raises:
+        OSError: the file cannot be written; what was there is still there.
+    """
+    write_atomically(Path(path), encode_concepts(Path(path), concepts, format))
+
+
+def encode_concepts(path: Path, concepts: Sequence[Concept], format: str | None = None) -> bytes:
+    """The content of a file that is to be called `path`; the same bytes whenever and wherever it is made.
 
     Args:
         path: `.safetensors`, `.bin` or `.pt`. Only safetensors keep the metadata of a diffusers file.
@@ -91,9 +171,49 @@ def save_concepts(path: str | Path, concepts: Sequence[Concept], *, format: str 
             by default a1111 for `.pt`, diffusers for the others.
 
     Raises:
-        InputError: the suffix does not belong to the format, or the words clash.
-        OSError: the file cannot be written; what was there is still there.
+        InputError: the suffix does not belong to the format, or the words do not fit into one file.
     """
-    path = Path(path)
-    entries = [embedding_files.Entry(c.placeholder, c.vectors, c.metadata) for c in concepts]
-    write_atomically(path, embedding_files.encode(path, entries, format))
+    suffix = path.suffix.lower()
+    format = format or ("a1111" if suffix == ".pt" else "diffusers")
+    if format not in SUFFIXES:
+        raise InputError(f"format {format!r}: choose from {', '.join(SUFFIXES)}")
+    if suffix not in SUFFIXES[format]:
+        raise InputError(f"{path}: a file in {format} format ends in {' or '.join(SUFFIXES[format])}")
+    words = {c.placeholder: c.vectors.detach().cpu().float().contiguous() for c in concepts}
+    if len(words) < len(concepts):
+        raise InputError(f"{path}: one word is there twice; rename one of the two")
+    # All notes in one value, since safetensors stores several in random order.
+    notes = {c.placeholder: dict(c.metadata) for c in concepts if c.metadata}
+    if len(concepts) == 1:
+        notes = dict(concepts[0].metadata)
+    texts = {"minti": json.dumps(notes, sort_keys=True)} if notes else {}
+    if format == "diffusers":
+        try:
+            found = {word for word, _ in find_words(words, "")[1] if word != "__metadata__" and word.encode()}
+        except ValueError:  # UnicodeEncodeError is one, too
+            found = set()
+        if lost := sorted(words.keys() - found):
+            raise InputError(f"{path}: {lost[0]!r} would not be read as a word again; rename it")
+        return save(words, texts or None) if suffix == ".safetensors" else _torch_bytes(words)
+
+    if len(words) != 1:
+        raise InputError(f"{path}: an a1111 file holds one word, not {len(words)}; write one file for each")
+    ((word, vectors),) = words.items()
+    if suffix == ".safetensors":
+        return save({"emb_params": vectors}, texts or None)
+    step, base = notes.get("step", ""), notes.get("base_model")
+    content = {
+        "string_to_token": {"*": 265},  # the id of "*" in CLIP's vocabulary
+        "string_to_param": {"*": vectors},
+        "name": word,
+        "step": int(step) if re.fullmatch(r"\d{1,18}", step, re.ASCII) else None,
+        "sd_checkpoint": notes.get("sd_checkpoint"),
+        "sd_checkpoint_name": notes.get("sd_checkpoint_name", base),
+    }
+    return _torch_bytes(content | texts)
+
+
+def _torch_bytes(content: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()

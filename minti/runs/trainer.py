@@ -23,9 +23,8 @@ from ..cli.images import encode_png, image_grid
 from ..cli.processes import Processes
 from ..cli.progress import Progress
 from ..errors import InputError
-from ..formats import embedding_files
 from ..formats.atomic import write_atomically
-from ..formats.concept import Concept
+from ..formats.concept import Concept, encode_concepts
 from ..inversion.batches import Settings
 from ..inversion.inversion import Diverged, Inversion
 from ..model.model_hash import model_hash
@@ -110,8 +109,8 @@ class Trainer:
         if not args.eval_every and (args.early_stop is not None or args.keep == "best"):
             raise InputError("--early-stop and --keep best go by evaluations: give --eval-every a number")
         for run in self.runs:
-            entry = embedding_files.Entry(run.placeholder, run.word.init)
-            embedding_files.encode(run.folder / "learned_embeds.safetensors", [entry])
+            concept = Concept(run.placeholder, run.word.init)
+            encode_concepts(run.folder / "learned_embeds.safetensors", [concept])
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Go on from a saved state.
