@@ -148,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sd, concepts = load_with_concepts(args)
     width, height = sd.check_size(args.size)
-    if (width, height) != (sd.image_size, sd.image_size):
+    if (width, height) != sd.image_size:
         log.info(
-            "%dx%d pixels: the model was trained on %d, expect repetitions", width, height, sd.image_size
+            "%dx%d pixels: the model was trained on %dx%d, expect repetitions", width, height, *sd.image_size
         )
     sd.schedule.timesteps(args.steps)
     sd.tokenizer([*args.prompt, args.negative_prompt])  # complains now rather than later

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from minti import StableDiffusion
+from minti.formats import configs
 from minti.model.clip import CLIPTextModel as TextModel
-from minti.model.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
 from minti.model.image_encoder import CLIPVisionModel
 from minti.model.unet import UNet
 from minti.model.vae import VAE
@@ -24,16 +24,16 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 def ours(reference: nn.Module) -> nn.Module:
     """minti's module of the same config, with the very same weights: shared, not copied."""
     config, module = {
-        UNet2DConditionModel: (UNetConfig, UNet),
-        AutoencoderKL: (VAEConfig, VAE),
-        CLIPTextModel: (TextConfig, TextModel),
-        CLIPTextModelWithProjection: (TextConfig, TextModel),
-        CLIPVisionModelWithProjection: (VisionConfig, CLIPVisionModel),
+        UNet2DConditionModel: (configs.unet_config, UNet),
+        AutoencoderKL: (configs.vae_config, VAE),
+        CLIPTextModel: (configs.text_config, TextModel),
+        CLIPTextModelWithProjection: (configs.text_config, TextModel),
+        CLIPVisionModelWithProjection: (configs.vision_config, CLIPVisionModel),
     }[type(reference)]
     raw = reference.config if isinstance(reference.config, dict) else reference.config.to_dict()
     raw = dict(raw) | {"architectures": [type(reference).__name__]}
     with torch.device("meta"):
-        built = module(config.from_json(raw, "config of the oracle"))
+        built = module(config(raw, "config of the oracle"))
     prefix = "text_model." if type(reference) is CLIPTextModel else ""  # which transformers 4 writes itself
     state = {prefix + key.removeprefix(prefix): value for key, value in reference.state_dict().items()}
     built.load_state_dict(state, strict=True, assign=True)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import minti
+from minti.formats import configs
 from minti.formats.checkpoint import make_plan, probe_prediction_type, trained_size
 from minti.formats.load_plan import Part, Plan
 from minti.formats.vocabulary import read_tokenizer
@@ -58,7 +59,7 @@ def same(ours: minti.StableDiffusion, expected: minti.StableDiffusion) -> None:
     for part in ("unet", "vae", "text_encoder"):
         a, b = getattr(ours, part), getattr(expected, part)
         # Single files do not tell the size of the pictures in training; upcasting changes float16 only.
-        free = {"sample_size": 64, "upcast_attention": False} if part == "unet" else {}
+        free = {"sample_size": (64, 64), "upcast_attention": False} if part == "unet" else {}
         assert vars(a.config) | free == vars(b.config) | free
         a, b = a.state_dict(), b.state_dict()
         assert a.keys() == b.keys()
@@ -580,8 +581,8 @@ import sys
 from pathlib import Path
 import torch
 import minti
-from minti import weightfile
-from minti.checkpoint import make_plan
+from minti.formats import weightfile
+from minti.formats.checkpoint import make_plan
 
 def kib(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -677,9 +678,9 @@ def test_size_of_the_pictures_a_single_file_was_trained_on(
 ) -> None:
     """Single files do not say it; their folders' configs do."""
     raw = json.loads(shared(f"configs/{config}/unet/config.json").read_text())
-    published = UNetConfig.from_json(raw, config)
+    published = configs.unet_config(raw, config)
     with torch.device("meta"):
-        unet = UNet(replace(published, sample_size=64))  # what a single file is taken for
+        unet = UNet(replace(published, sample_size=(64, 64)))  # what a single file is taken for
     schedule = ScheduleConfig(prediction_type=prediction_type)
     plan = Plan(Path("model.safetensors"), "single file", {"unet": Part(unet, {}, [])}, schedule)
-    assert trained_size(plan) * 8 == published.sample_size * 8 == pixels
+    assert trained_size(plan) == published.sample_size == (pixels // 8, pixels // 8)

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from minti.errors import InputError
-from minti.model.config import ScheduleConfig
+from minti.formats import configs
 from minti.model.diffusion import Schedule
 
 from . import oracles
@@ -20,7 +20,7 @@ SPACINGS = ["leading", "trailing", "linspace"]
 def both(kind=DDIMScheduler, **changes):
     """Our schedule and diffusers', of one config."""
     reference = kind.from_config(oracles.SCHEDULE | changes)
-    return Schedule(ScheduleConfig.from_json(dict(reference.config), "config of the oracle")), reference
+    return Schedule(configs.schedule_config(dict(reference.config), "config of the oracle")), reference
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,27 @@ def test_ddim(kind, spacing, to_one, eta):
         # One step from the same x_t, so that rounding does not add up over the run ...
         assert_parity({f"x after step {i}": (ours[i], x_next(reference, predict, x, t, eta, theirs))})
         x = ours[i]
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_zero_terminal_snr(kind, eta):
+    """Betas rescaled so that the last x_t is pure noise; diffusers does it in float32, hence 1e-5."""
+    changes = {"prediction_type": kind, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    schedule, reference = both(**changes)
+    assert schedule.alphas_cumprod[-1] == 0
+    torch.testing.assert_close(schedule.alphas_cumprod, reference.alphas_cumprod, rtol=0, atol=1e-5)
+    x_T, times = torch.randn(1, 4, 3, 5), schedule.timesteps(10)
+    assert times[0] == 999
+    reference.set_timesteps(10)
+    mine, theirs = ([torch.Generator().manual_seed(8)] for _ in range(2))
+    ours = list(schedule.ddim_sample(lambda x, i: torch.sin(2 * x + i), x_T, 10, eta, mine))
+    for i, t in enumerate(reference.timesteps):
+        before = ours[i - 1] if i else x_T
+        step = reference.step(torch.sin(2 * before + i), t, before, eta=eta, generator=theirs[0])
+        assert_parity({f"x after step {i}": (ours[i], step.prev_sample)}, 1e-4)
+    with pytest.raises(InputError, match="rescale_betas_zero_snr .* v_prediction"):
+        both(prediction_type="epsilon", rescale_betas_zero_snr=True)
 
 
 def x_next(reference, predict, x, t, eta, generators):

@@ -4,8 +4,8 @@ import gc
 
 import pytest
 
-from minti.formats.configs import read_json
-from minti.model.config import UNetConfig
+from minti.formats import configs
+from minti.formats.json_checks import read_json
 
 from . import compare, oracles
 
@@ -13,7 +13,7 @@ from . import compare, oracles
 @pytest.mark.parametrize(("family", "published"), [("sd1.5", "sd15"), ("sd2.1", "sd21")])
 def test_these_are_the_published_configs(family, published):
     path = oracles.shared(f"configs/{published}/unet/config.json")
-    assert UNetConfig.from_json(oracles.UNETS[family], family) == UNetConfig.from_json(
+    assert configs.unet_config(oracles.UNETS[family], family) == configs.unet_config(
         read_json(path), str(path)
     )
 

@@ -10,12 +10,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as reference
 
-from minti.formats import keymap
+from minti.formats import configs, keymap
 from minti.formats import shapes_to_config as infer
 from minti.formats.single_file import plan_single_file
 from minti.formats.weightfile import WeightFile
 from minti.model.clip import CLIPTextModel
-from minti.model.config import TextConfig, UNetConfig, VAEConfig
+from minti.model.config import TextConfig
 from minti.model.unet import UNet
 from minti.model.vae import VAE
 
@@ -23,10 +23,10 @@ from .oracles import UNET, UNETS, shared
 from .oracles import VAE as SMALL_VAE
 
 PARTS = {
-    "unet": (UNetConfig, UNet),
-    "vae": (VAEConfig, VAE),
-    "text_encoder": (TextConfig, CLIPTextModel),
-    "text_encoder_2": (TextConfig, CLIPTextModel),
+    "unet": (configs.unet_config, UNet),
+    "vae": (configs.vae_config, VAE),
+    "text_encoder": (configs.text_config, CLIPTextModel),
+    "text_encoder_2": (configs.text_config, CLIPTextModel),
 }
 
 
@@ -35,7 +35,7 @@ def on_meta(model: str, part: str) -> torch.nn.Module:
     config, module = PARTS[part]
     path = shared(f"configs/{model}/{part}/config.json")
     with torch.device("meta"):
-        return module(config.from_json(json.loads(path.read_text()), str(path)))
+        return module(config(json.loads(path.read_text()), str(path)))
 
 
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
@@ -244,7 +244,7 @@ def random_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_unet_names_are_those_of_diffusers_converter(name: str) -> None:
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**SMALL_UNETS[name])
-        config = UNetConfig.from_json(dict(theirs.config), "config")
+        config = configs.unet_config(dict(theirs.config), "config")
         ours = UNet(config)
     assert shapes(ours.state_dict()) == shapes(theirs.state_dict())
     state = random_state(ours)
@@ -284,7 +284,7 @@ def test_vae_names_are_those_of_diffusers_converter(options: dict) -> None:
     }
     with torch.device("meta"):
         theirs = AutoencoderKL(**options)
-        config = VAEConfig.from_json(dict(theirs.config), "config")
+        config = configs.vae_config(dict(theirs.config), "config")
         ours = VAE(config)
     assert shapes(ours.state_dict()) == shapes(theirs.state_dict())
     state = random_state(ours)
@@ -330,7 +330,7 @@ def test_openclip_names_are_those_of_diffusers_converter() -> None:
 @pytest.mark.parametrize("name", SMALL_UNETS)
 def test_every_key_has_a_place_of_its_own(name: str) -> None:
     with torch.device("meta"):
-        unet = UNet(UNetConfig.from_json(SMALL_UNETS[name], "config"))
+        unet = UNet(configs.unet_config(SMALL_UNETS[name], "config"))
     places = [origin.key for origin in origins(unet).values()]
     assert len(set(places)) == len(places) == len(unet.state_dict())
 

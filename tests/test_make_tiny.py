@@ -11,10 +11,10 @@ from torch import nn
 
 import minti
 from minti.errors import InputError
+from minti.formats import configs
 from minti.formats.vocabulary import read_tokenizer
 from minti.inversion import templates
 from minti.model.clip import CLIPTextModel
-from minti.model.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
 from minti.model.image_encoder import CLIPVisionModel
 from minti.model.unet import UNet
 from minti.model.vae import VAE
@@ -259,7 +259,7 @@ def test_the_decoder_is_trained_alone(tmp_path: Path, tokenizer_folder: Path) ->
     (tmp_path / "latents").mkdir()
     noise = rng.standard_normal((4, 4, 16, 16))
     np.save(tmp_path / "latents" / "latents.npy", noise.astype(np.float16))
-    before = VAE(VAEConfig.from_json(models.VAE, "vae")).state_dict()
+    before = VAE(configs.vae_config(models.VAE, "vae")).state_dict()
     (tmp_path / "vae").mkdir()
     torch.save({"ema": {"vae": before}}, tmp_path / "vae" / "state.pt")
     run = training.Run("decoder", tmp_path, 2, float("inf"), torch.device("cpu"), seed=0, lr=1e-2, batch=2)
@@ -279,11 +279,11 @@ def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     size = len(read_tokenizer(tokenizer_folder))
     parts = {
         "clip": {
-            "text_encoder": CLIPTextModel(TextConfig.from_json(models.text_config(size), "text_encoder")),
-            "image_encoder": CLIPVisionModel(VisionConfig.from_json(models.VISION, "image_encoder")),
+            "text_encoder": CLIPTextModel(configs.text_config(models.text_config(size), "text_encoder")),
+            "image_encoder": CLIPVisionModel(configs.vision_config(models.VISION, "image_encoder")),
         },
-        "vae": {"vae": VAE(VAEConfig.from_json(models.VAE, "vae"))},
-        "unet": {"unet": UNet(UNetConfig.from_json(models.UNET, "unet"))},
+        "vae": {"vae": VAE(configs.vae_config(models.VAE, "vae"))},
+        "unet": {"unet": UNet(configs.unet_config(models.UNET, "unet"))},
         "probe": {"probe": probe.Probe(probe.READS)},
     }
     for stage, modules in parts.items():

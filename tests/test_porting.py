@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 import minti
-from minti.model.config import UNetConfig
+from minti.formats import configs
 from minti.model.unet import UNet
 from tests import compare, oracles
 
@@ -49,7 +49,7 @@ def test_full_size_shapes(size, parameters, family, context_dim):
     raw = unet_config(size, family=family, context_dim=context_dim)
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**raw).state_dict()
-        ours = UNet(UNetConfig.from_json(raw, "BK-SDM")).state_dict()
+        ours = UNet(configs.unet_config(raw, "BK-SDM")).state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     # The authors give two digits; SD 2.x has 0.7% more, in keys and values of the wider context.
     assert sum(v.numel() for v in ours.values()) == pytest.approx(parameters, rel=0.025)
@@ -91,5 +91,5 @@ def test_folder_single_file_and_picture(size, family, tmp_path):
         prediction_type=sd.schedule.config.prediction_type,
     )
     # A single file does not say for which size it was trained.
-    assert replace(again.unet.config, sample_size=8) == sd.unet.config
+    assert replace(again.unet.config, sample_size=(8, 8)) == sd.unet.config
     torch.testing.assert_close(again.unet(x, t, context), ours, rtol=0, atol=0)  # the same numbers

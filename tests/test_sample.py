@@ -186,7 +186,7 @@ def test_a_size_that_was_not_trained_is_mentioned(
         sample(folder, tmp_path / "a", "--prompt", "cat", "--num-images", "1")
         assert "trained on" not in caplog.text
         sample(folder, tmp_path / "b", "--prompt", "cat", "--num-images", "1", "--size", "96x64")
-    assert "96x64 pixels: the model was trained on 64, expect repetitions" in caplog.text
+    assert "96x64 pixels: the model was trained on 64x64, expect repetitions" in caplog.text
 
 
 def test_a_prompt_of_500_words_is_cut_with_a_warning_that_quotes_it(

@@ -24,7 +24,7 @@ from minti.cli.options import Parser
 from minti.errors import InputError
 from minti.formats.checkpoint import load_tokenizer, make_plan, probe_prediction_type
 from minti.formats.concept import Concept
-from minti.formats.configs import read_json
+from minti.formats.json_checks import read_json
 from minti.formats.load_plan import Part, Plan
 from minti.formats.weightfile import WeightFile
 

@@ -151,14 +151,14 @@ def make_plan(path: str | Path, *, variant: str | None = None, ema: bool = False
     return plan_folder(path, variant) if path.is_dir() else plan_single_file(path, ema)
 
 
-def trained_size(plan: Plan) -> int:
+def trained_size(plan: Plan) -> tuple[int, int]:
     """Height and width, in latents, of the pictures the model was trained on.
 
     Folders say it. Single files of SD 2.x that predict v were trained on 768 pixels, all others on 512.
     """
     large = plan.layout == "single file" and plan.family.startswith("SD 2.x")
     if large and plan.schedule.prediction_type == "v_prediction":
-        return 96
+        return 96, 96
     return plan.parts["unet"].module.config.sample_size
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.clip import CLIPTextModel
-from ..model.config import TextConfig, VisionConfig
+from ..model.config import TextConfig
 from ..model.image_encoder import CLIPVisionModel
 from ..model.tokenizer import PROMPT_LENGTH, Tokenizer
-from . import shapes_to_config
+from . import configs, shapes_to_config
 from .checkpoint import find_tokenizer
-from .configs import read_json
 from .folder import current_snapshot, explained, find_weights, folder_part
+from .json_checks import read_json
 from .keymap import IGNORED, OPENAI_LAYERS, Origin, find_origins, openai_image_blocks, openai_text_blocks
 from .load_plan import Part
 from .torchscript import TorchScriptFile, is_torchscript
@@ -145,12 +145,12 @@ Planned = tuple[Part, Part, list[str]]  # text encoder, image encoder, keys that
 
 
 def _plan_pair(path: Path) -> Planned:
-    text = folder_part(path / "text_encoder", TextConfig, CLIPTextModel, "model")
+    text = folder_part(path / "text_encoder", configs.text_config, CLIPTextModel, "model")
     config: TextConfig = text.module.config
     source = path / "text_encoder" / "config.json"
     if config.projection_dim is None and read_json(source).get("projection_dim") != config.hidden_size:
         raise InputError(f"{source}: shares no space with pictures; give another CLIP with --clip")
-    image = folder_part(path / "image_encoder", VisionConfig, CLIPVisionModel, "model")
+    image = folder_part(path / "image_encoder", configs.vision_config, CLIPVisionModel, "model")
     return text, image, [*_unclaimed([text]), *_unclaimed([image])]
 
 
@@ -181,15 +181,17 @@ def _plan_transformers(path: Path) -> Planned:
     raw = read_json(source)
     if not all(isinstance(raw.get(key), dict) for key in ("text_config", "vision_config")):
         raise InputError(f"{source}: describes no CLIPModel (no text_config and vision_config in it)")
-    shared = {"projection_dim": raw.get("projection_dim", 512), "architectures": ["WithProjection"]}
+    shared = {"projection_dim": raw.get("projection_dim", 512)}
 
     def config(half: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
         # The oldest configs repeat the half that counts under another name.
         return {**defaults, **raw[half], **(raw.get(f"{half}_dict") or {}), **shared}
 
     with explained(source, "CLIP"), torch.device("meta"):
-        text = CLIPTextModel(TextConfig.from_json(config("text_config", TEXT_DEFAULTS), str(source)))
-        vision = VisionConfig.from_json(config("vision_config", VISION_DEFAULTS), str(source))
+        text = CLIPTextModel(
+            configs.text_config(config("text_config", TEXT_DEFAULTS), str(source), projected=True)
+        )
+        vision = configs.vision_config(config("vision_config", VISION_DEFAULTS), str(source))
         image = CLIPVisionModel(vision)
     files = [WeightFile(file) for file in find_weights(path, "model", None)]
     parts = [

@@ -5,7 +5,7 @@ Either is turned into a plan (`plan.py`) that says where every weight is to be f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,11 +13,11 @@ import torch
 
 from ..errors import InputError
 from ..model.clip import CLIPTextModel
-from ..model.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ..model.diffusion import Schedule
 from ..model.unet import UNet
 from ..model.vae import VAE
-from .configs import read_json
+from . import configs
+from .json_checks import read_json
 from .keymap import FOLDER_ALIASES, IGNORED, Origin
 from .load_plan import Part, Plan
 from .weightfile import WeightFile
@@ -42,9 +42,11 @@ def plan_folder(path: Path, variant: str | None) -> Plan:
 
     stem = "diffusion_pytorch_model"
     parts = {
-        "text_encoder": folder_part(path / "text_encoder", TextConfig, CLIPTextModel, "model", variant),
-        "unet": folder_part(path / "unet", UNetConfig, UNet, stem, variant),
-        "vae": folder_part(path / "vae", VAEConfig, VAE, stem, variant),
+        "text_encoder": folder_part(
+            path / "text_encoder", configs.text_config, CLIPTextModel, "model", variant
+        ),
+        "unet": folder_part(path / "unet", configs.unet_config, UNet, stem, variant),
+        "vae": folder_part(path / "vae", configs.vae_config, VAE, stem, variant),
     }
     unexpected = []
     for name, p in parts.items():
@@ -53,7 +55,7 @@ def plan_folder(path: Path, variant: str | None) -> Plan:
         unexpected += [f"{name}/{key}" for key in keys if key not in claimed and not IGNORED.fullmatch(key)]
     source = path / "scheduler" / "scheduler_config.json"
     with explained(source):
-        schedule = ScheduleConfig.from_json(read_json(source), str(source))
+        schedule = configs.schedule_config(read_json(source), str(source))
         Schedule(schedule)
     return Plan(path, "diffusers", parts, schedule, unexpected=unexpected)
 
@@ -68,11 +70,11 @@ def current_snapshot(path: Path) -> Path:
     return current if current.is_dir() else snapshots[-1] if snapshots else path
 
 
-def folder_part(folder: Path, config: type, module: type, stem: str, variant: str | None = None) -> Part:
+def folder_part(folder: Path, config: Callable, module: type, stem: str, variant: str | None = None) -> Part:
     """The module that a folder's `config.json` describes, its weights under our own names or an alias."""
     source = folder / "config.json"
     with explained(source), torch.device("meta"):
-        built = module(config.from_json(read_json(source), str(source)))
+        built = module(config(read_json(source), str(source)))
     files = [WeightFile(file) for file in find_weights(folder, stem, variant)]
     keys = {key for file in files for key in file.shapes}
     origins = {key: Origin(find_alias(key, keys)) for key in built.state_dict()}

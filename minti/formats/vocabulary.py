@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..model.tokenizer import END, START, Tokenizer, byte_symbols
-from .configs import read_json
+from .json_checks import read_json
 
 
 def read_tokenizer(path: str | Path, pad: str | None = None) -> Tokenizer:

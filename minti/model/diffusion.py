@@ -32,7 +32,12 @@ class Schedule:
             betas = np.linspace(start**0.5, end**0.5, T) ** 2
         else:
             betas = np.linspace(start, end, T)
-        self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float().to(device)
+        alphas_cumprod = np.cumprod(1 - betas)
+        if config.rescale_betas_zero_snr:
+            # Shift sqrt(alpha-bar) so that it ends at 0, and scale it so that it begins as before.
+            signal = alphas_cumprod**0.5
+            alphas_cumprod = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+        self.alphas_cumprod = torch.from_numpy(alphas_cumprod).float().to(device)
         # Numbers asked back from a GPU make the processor wait, and a sampler needs some at every step.
         self._alphas = self.alphas_cumprod.tolist()
 

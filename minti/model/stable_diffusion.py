@@ -47,9 +47,10 @@ class StableDiffusion:
         return self.unet.conv_in.weight.dtype
 
     @property
-    def image_size(self) -> int:
-        """Height and width in pixels of the pictures the model was trained on."""
-        return self.unet.config.sample_size * self.vae.config.downscale
+    def image_size(self) -> tuple[int, int]:
+        """Width and height in pixels of the pictures the model was trained on."""
+        height, width = self.unet.config.sample_size
+        return width * self.vae.config.downscale, height * self.vae.config.downscale
 
     @property
     def vocabulary(self) -> Tensor:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..formats.configs import read_json
+from ..formats.json_checks import read_json
 from ..formats.weightfile import WeightFile
 from ..judge.scores import Score, Term, bootstrap
 

@@ -75,7 +75,7 @@ class Learner:
         key = (run.target.images, run.photos, run.crop, run.flip, run.seed if run.crop == "random" else None)
         if key not in self._latents:
             views = make_views(
-                photos[: run.photos], self.sd.image_size, crop=run.crop, flip=run.flip, seed=run.seed
+                photos[: run.photos], self.sd.image_size[0], crop=run.crop, flip=run.flip, seed=run.seed
             )
             self._latents[key] = encode_views(self.sd, views)
         return Word(

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from minti.formats import configs
 from minti.model.clip import CLIPTextModel
-from minti.model.config import TextConfig, UNetConfig, VAEConfig
 from minti.model.tokenizer import byte_symbols
 from minti.model.unet import UNet
 from minti.model.vae import VAE
@@ -45,7 +45,11 @@ TINY = {
 MODELS = {"sd-1.5": SD15, "tiny": TINY}
 """The `config.json` of every part, by name of the model; "tiny" is `weights/tiny`."""
 
-MODULES = {"text_encoder": (CLIPTextModel, TextConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
+MODULES = {
+    "text_encoder": (CLIPTextModel, configs.text_config),
+    "unet": (UNet, configs.unet_config),
+    "vae": (VAE, configs.vae_config),
+}
 PLACEHOLDER, INIT_WORD, PROMPT, GUIDANCE_SCALE = "<toy>", "toy", "a photo of a toy", 7.5
 PHOTOS, PHOTO_SIZE = 4, 512
 
@@ -53,7 +57,7 @@ PHOTOS, PHOTO_SIZE = 4, 512
 def build(model: str, part: str) -> torch.nn.Module:
     """A module of minti, frozen, with whatever weights it starts with on the device in use."""
     kind, config = MODULES[part]
-    return kind(config.from_json(MODELS[model][part], part)).requires_grad_(False).eval()
+    return kind(config(MODELS[model][part], part)).requires_grad_(False).eval()
 
 
 def native_size(model: str) -> int:

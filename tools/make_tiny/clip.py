@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minti.formats import configs
 from minti.model.clip import CLIPTextModel
-from minti.model.config import TextConfig, VisionConfig
 from minti.model.image_encoder import CLIPVisionModel
 
 from . import models
@@ -68,10 +68,10 @@ def crop_ids(ids: Tensor, end_id: int) -> Tensor:
 def stage(run: Run) -> None:
     pictures = Pictures(run.work)
     torch.manual_seed(run.seed)
-    text = CLIPTextModel(TextConfig.from_json(models.text_config(len(pictures.tokenizer)), "text_encoder"))
+    text = CLIPTextModel(configs.text_config(models.text_config(len(pictures.tokenizer)), "text_encoder"))
     nn.init.normal_(text.token_embedding.weight, std=0.02)
     nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.01)
-    image = CLIPVisionModel(VisionConfig.from_json(models.VISION, "image_encoder"))
+    image = CLIPVisionModel(configs.vision_config(models.VISION, "image_encoder"))
     nn.init.normal_(image.vision_model.embeddings.position_embedding.weight, std=0.02)
     text, image, heads = text.to(run.device), image.to(run.device), Heads().to(run.device)
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minti.model.config import VAEConfig
+from minti.formats import configs
 from minti.model.vae import VAE
 
 from . import models
@@ -18,7 +18,7 @@ from .vae import Preview, reconstruction_loss
 def load_vae(work: Path, scaling_factor: float = 1.0) -> VAE:
     """The autoencoder, with the decoder of this stage if that was run."""
     stage = "decoder" if (work / "decoder" / "state.pt").is_file() else "vae"
-    vae = VAE(VAEConfig.from_json({**models.VAE, "scaling_factor": scaling_factor}, "vae"))
+    vae = VAE(configs.vae_config({**models.VAE, "scaling_factor": scaling_factor}, "vae"))
     vae.load_state_dict(ema_of(work, stage)["vae"])
     return vae.eval()
 

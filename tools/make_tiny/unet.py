@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minti.formats import configs
 from minti.model.clip import CLIPTextModel
-from minti.model.config import ScheduleConfig, TextConfig, UNetConfig
 from minti.model.diffusion import Schedule
 from minti.model.stable_diffusion import StableDiffusion
 from minti.model.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ PREVIEW = (
 
 
 def load_text_encoder(run: Run, tokenizer: Tokenizer) -> CLIPTextModel:
-    text = CLIPTextModel(TextConfig.from_json(models.text_config(len(tokenizer)), "text_encoder"))
+    text = CLIPTextModel(configs.text_config(models.text_config(len(tokenizer)), "text_encoder"))
     text.load_state_dict(ema_of(run.work, "clip")["text_encoder"])
     return text.to(run.device).eval().requires_grad_(False)
 
@@ -52,9 +52,9 @@ def stage(run: Run) -> None:
     text = load_text_encoder(run, pictures.tokenizer)
     scale = scaling_factor(stored)
     vae = load_vae(run.work, scale).to(run.device)
-    schedule = Schedule(ScheduleConfig.from_json(models.SCHEDULER, "scheduler"))
+    schedule = Schedule(configs.schedule_config(models.SCHEDULER, "scheduler"))
     torch.manual_seed(run.seed)
-    unet = UNet(UNetConfig.from_json(models.UNET, "unet"))
+    unet = UNet(configs.unet_config(models.UNET, "unet"))
     nn.init.zeros_(unet.conv_out.weight)  # the first guess is zero: the mean of what is to be predicted
     unet = unet.to(run.device)
     print(f"unet: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minti.model.config import VAEConfig
+from minti.formats import configs
 from minti.model.vae import VAE
 
 from . import models
@@ -64,7 +64,7 @@ class Preview:
 def stage(run: Run) -> None:
     pictures, preview = Pictures(run.work), Preview(run)
     torch.manual_seed(run.seed)
-    model = VAE(VAEConfig.from_json(models.VAE, "vae")).to(run.device, memory_format=torch.channels_last)
+    model = VAE(configs.vae_config(models.VAE, "vae")).to(run.device, memory_format=torch.channels_last)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         pixels = pictures.batch(pictures.indices(step, run.batch, run.seed)).to(run.device)
