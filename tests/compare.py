@@ -30,8 +30,9 @@ def ours(reference: nn.Module) -> nn.Module:
         CLIPTextModelWithProjection: (configs.text_config, TextModel),
         CLIPVisionModelWithProjection: (configs.vision_config, CLIPVisionModel),
     }[type(reference)]
-    raw = reference.config if isinstance(reference.config, dict) else reference.config.to_dict()
-    raw = dict(raw) | {"architectures": [type(reference).__name__]}
+    raw = dict(reference.config) if isinstance(reference.config, dict) else reference.config.to_dict()
+    if "model_type" in raw:  # transformers adds the class when it saves a model
+        raw["architectures"] = [type(reference).__name__]
     with torch.device("meta"):
         built = module(config(raw, "config of the oracle"))
     prefix = "text_model." if type(reference) is CLIPTextModel else ""  # which transformers 4 writes itself

@@ -319,7 +319,7 @@ def test_no_tensor_of_a_single_file_can_be_spoiled_unnoticed(
     def init(self: WeightFile, path: Path) -> None:
         self.path, self.shapes = path, dict(current)
         self.dtypes = {key: torch.float32 for key in current}
-        self.nbytes = {key: 4 for key in current}
+        self.nbytes, self.metadata = {key: 4 for key in current}, {}
 
     monkeypatch.setattr(WeightFile, "__init__", init)
     structural = [  # those that configs are read from

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save, save_file
 import minti
 from minti.formats import configs
 from minti.formats.checkpoint import make_plan, probe_prediction_type, trained_size
-from minti.formats.load_plan import Part, Plan
+from minti.formats.load_plan import CheckpointPlan, PartPlan
 from minti.formats.vocabulary import read_tokenizer
 from minti.model.clip import CLIPTextModel
 from minti.model.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
@@ -682,5 +682,7 @@ def test_size_of_the_pictures_a_single_file_was_trained_on(
     with torch.device("meta"):
         unet = UNet(replace(published, sample_size=(64, 64)))  # what a single file is taken for
     schedule = ScheduleConfig(prediction_type=prediction_type)
-    plan = Plan(Path("model.safetensors"), "single file", {"unet": Part(unet, {}, [])}, schedule)
+    plan = CheckpointPlan(
+        Path("model.safetensors"), "single file", {"unet": PartPlan(unet, {}, [])}, schedule
+    )
     assert trained_size(plan) == published.sample_size == (pixels // 8, pixels // 8)

@@ -142,8 +142,10 @@ def test_zero_terminal_snr(kind, eta):
     for i, t in enumerate(reference.timesteps):
         before = ours[i - 1] if i else x_T
         step = reference.step(torch.sin(2 * before + i), t, before, eta=eta, generator=theirs[0])
-        assert_parity({f"x after step {i}": (ours[i], step.prev_sample)}, 1e-4)
-    with pytest.raises(InputError, match="rescale_betas_zero_snr .* v_prediction"):
+        # At the first step with eta 1 the reference takes the root of a difference that is zero but
+        # for rounding.
+        assert_parity({f"x after step {i}": (ours[i], step.prev_sample)}, 1e-3 if eta else 1e-5)
+    with pytest.raises(InputError, match=r"rescale_betas_zero_snr .* v_prediction"):
         both(prediction_type="epsilon", rescale_betas_zero_snr=True)
 
 

@@ -36,7 +36,7 @@ BESIDE = {
 READING_PATH = 2800  # falls to 2000 as the rooms are tidied
 LINES = 11_600  # falls to 11000 as the rooms are tidied
 FILE_LINES = 300
-TOO_LONG = {"model/config.py": 321}
+TOO_LONG: dict[str, int] = {}
 """Files that are still longer than FILE_LINES, with the most they may have. This list only ever shrinks."""
 
 PACKAGES = {"torch", "safetensors", "PIL", "numpy", "ftfy", "regex", "yaml"}

@@ -15,7 +15,8 @@ from minti.formats import shapes_to_config as infer
 from minti.formats.single_file import plan_single_file
 from minti.formats.weightfile import WeightFile
 from minti.model.clip import CLIPTextModel
-from minti.model.config import TextConfig
+from minti.model.config import ScheduleConfig, TextConfig
+from minti.model.diffusion import Schedule
 from minti.model.unet import UNet
 from minti.model.vae import VAE
 
@@ -123,9 +124,11 @@ def fake_file(monkeypatch: pytest.MonkeyPatch, tensors: dict[str, tuple[int, ...
 
     def init(self: WeightFile, path: object) -> None:
         self.path, self.shapes = path, tensors
-        self.dtypes = dict.fromkeys(tensors, torch.float32)
+        self.dtypes, self.metadata = dict.fromkeys(tensors, torch.float32), {}
 
     monkeypatch.setattr(WeightFile, "__init__", init)
+    schedule = Schedule(ScheduleConfig()).alphas_cumprod  # which public files hold
+    monkeypatch.setattr(WeightFile, "read", lambda self, keys, copied: [(key, schedule) for key in keys])
 
 
 @pytest.mark.parametrize(("name", "model"), COMPVIS)

@@ -25,7 +25,7 @@ from minti.errors import InputError
 from minti.formats.checkpoint import load_tokenizer, make_plan, probe_prediction_type
 from minti.formats.concept import Concept
 from minti.formats.json_checks import read_json
-from minti.formats.load_plan import Part, Plan
+from minti.formats.load_plan import CheckpointPlan, PartPlan
 from minti.formats.weightfile import WeightFile
 
 # What a file seems to be, from a telling key: the first row that fits any key counts.
@@ -108,7 +108,7 @@ def some(keys: Sequence[str], limit: int) -> str:
     return f"{', '.join(keys[:limit])}{more}"
 
 
-def describe(plan: Plan, limit: int) -> list[str]:
+def describe(plan: CheckpointPlan, limit: int) -> list[str]:
     """Say what a plan found. Returns what keeps it from being loaded."""
     say("layout", plan.layout)
     say("family", plan.family)
@@ -152,12 +152,12 @@ def describe(plan: Plan, limit: int) -> list[str]:
     return faults
 
 
-def files_of(plan: Plan) -> list[WeightFile]:
+def files_of(plan: CheckpointPlan) -> list[WeightFile]:
     """Every file of a checkpoint, once."""
     return list({file.path: file for part in plan.parts.values() for file in part.files}.values())
 
 
-def describe_part(part: Part) -> str:
+def describe_part(part: PartPlan) -> str:
     keys = {origin.key for origin in part.origins.values()}
     found = [(file, key) for file in part.files for key in file.shapes if key in keys]
     parameters = sum(tensor.numel() for tensor in part.module.state_dict().values())
@@ -178,7 +178,7 @@ def differences(config: Any) -> str:
     return ", ".join(f"{key} = {value}" for key, value in asdict(config).items() if value != usual[key])
 
 
-def describe_prediction(plan: Plan, probe: bool) -> str:
+def describe_prediction(plan: CheckpointPlan, probe: bool) -> str:
     """What the UNet predicts, and what told."""
     kind = plan.schedule.prediction_type
     if plan.layout == "diffusers":
@@ -250,7 +250,7 @@ def verify(files: Iterable[WeightFile], limit: int) -> list[str]:
     return faults
 
 
-def trial_load(plan: Plan) -> list[str]:
+def trial_load(plan: CheckpointPlan) -> list[str]:
     """Load every part as a run would. Returns what was wrong with the first that does not."""
     try:
         for part in plan.parts.values():

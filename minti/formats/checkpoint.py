@@ -1,28 +1,30 @@
-"""The parts of a Stable Diffusion put together: words to context, noise to latents, latents to pictures."""
+"""Opening a checkpoint: from a path to a StableDiffusion.
+
+`load` makes a plan (`load_plan.py`), by way of `folder.py` or `single_file.py`, and lets each part of the
+plan load itself.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..errors import InputError
-from ..model.clip import CLIPTextModel
 from ..model.config import TextConfig
 from ..model.diffusion import Schedule
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import Tokenizer
 from ..model.unet import UNet
-from ..model.vae import VAE
 from .folder import plan_folder
-from .load_plan import Plan
-from .single_file import plan_single_file
+from .load_plan import CheckpointPlan, refuse_problems
+from .single_file import plan_single_file, plan_vae
 from .vocabulary import read_tokenizer
 
 log = logging.getLogger(__name__)
-
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,6 +38,7 @@ def load(
     prediction_type: str | None = None,
     variant: str | None = None,
     ema: bool = False,
+    vae: str | Path | None = None,
 ) -> StableDiffusion:
     """Load a public Stable Diffusion checkpoint.
 
@@ -45,8 +48,9 @@ def load(
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, half precision elsewhere.
         tokenizer: folder or file, for single files, which come without one.
         prediction_type: "epsilon", "v_prediction" or "sample", where the checkpoint does not say or is wrong.
-        variant: which of several sets of weights in a folder, such as "fp16".
+        variant: which of several sets of weights in a folder, such as "fp16"; parts without it use another.
         ema: for a single file that holds both, the averaged weights instead of the raw ones.
+        vae: folder or file of an autoencoder that takes the place of the checkpoint's own.
 
     Raises:
         InputError: one line that says what is wrong with the checkpoint or an argument.
@@ -57,20 +61,27 @@ def load(
     if dtype == "auto":
         half = "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
         dtype = "float32" if where.type == "cpu" else half
-    parts = load_parts(
-        path,
-        dtype=DTYPES[dtype],
-        device=where,
-        tokenizer=tokenizer,
-        prediction_type=prediction_type,
-        variant=variant,
-        ema=ema,
-    )
+
+    plan = make_plan(path, variant=variant, ema=ema, vae=vae)
+    refuse_problems(plan.path, plan.problems())
+    words = load_tokenizer(plan, tokenizer)
+    modules = {name: part.load(DTYPES[dtype], where) for name, part in plan.parts.items()}
+    if prediction_type:
+        plan.schedule = replace(plan.schedule, prediction_type=prediction_type)
+    elif plan.ask_prediction_type:
+        kind = probe_prediction_type(modules["unet"])
+        plan.schedule = replace(plan.schedule, prediction_type=kind)
+        plan.notes.append(
+            f"prediction type: {kind}, judging by the UNet's output (--prediction-type overrides)"
+        )
+    modules["unet"].config = replace(modules["unet"].config, sample_size=trained_size(plan))
+    for note in plan.notes:
+        log.info("%s: %s", plan.path, note)
     if where.type == "cuda":
         # The layout that its convolutions are fastest in. On the CPU it gains nothing.
-        parts.unet.to(memory_format=torch.channels_last)
-        parts.vae.to(memory_format=torch.channels_last)
-    return StableDiffusion(**vars(parts), source=str(path))
+        modules["unet"].to(memory_format=torch.channels_last)
+        modules["vae"].to(memory_format=torch.channels_last)
+    return StableDiffusion(words, schedule=Schedule(plan.schedule, where), source=str(path), **modules)
 
 
 def choose_device(name: str) -> torch.device:
@@ -89,69 +100,28 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-@dataclass
-class Parts:
-    """A loaded checkpoint: what `StableDiffusion` is made of."""
-
-    tokenizer: Tokenizer
-    text_encoder: CLIPTextModel
-    unet: UNet
-    vae: VAE
-    schedule: Schedule
-
-
-def load_parts(
-    path: str | Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    tokenizer: str | Path | None = None,
-    prediction_type: str | None = None,
-    variant: str | None = None,
-    ema: bool = False,
-) -> Parts:
-    """Open a checkpoint. See `load` for the arguments.
-
-    Raises:
-        InputError: whatever keeps it from being loaded; the message names the file and the key.
-    """
-    plan = make_plan(path, variant=variant, ema=ema)
-    if problems := plan.problems():
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise InputError(f"{plan.path}: does not fit; {'; '.join(problems[:3])}{more}")
-    words = load_tokenizer(plan, tokenizer)
-    modules = {name: part.load(dtype, device) for name, part in plan.parts.items()}
-    if prediction_type:
-        plan.schedule = replace(plan.schedule, prediction_type=prediction_type)
-    elif plan.ask_prediction_type:
-        kind = probe_prediction_type(modules["unet"])
-        plan.schedule = replace(plan.schedule, prediction_type=kind)
-        plan.notes.append(
-            f"prediction type: {kind}, judging by the UNet's output (--prediction-type overrides)"
-        )
-    unet = modules["unet"]
-    unet.config = replace(unet.config, sample_size=trained_size(plan))
-    for note in plan.notes:
-        log.info("%s: %s", plan.path, note)
-    return Parts(tokenizer=words, schedule=Schedule(plan.schedule, device), **modules)
-
-
 def check_exists(path: str | Path) -> Path:
     """The path of a checkpoint. Raises InputError if there is nothing."""
     path = Path(path)
     if not path.exists():
         dangling = "is a link to something that is not there" if path.is_symlink() else "does not exist"
-        raise InputError(f"{path}: {dangling}; give the path of a checkpoint folder or file")
+        hint = "give the path of a checkpoint folder or file"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            hint = f"to get it from the Hugging Face hub: python tools/download.py {path} weights/{path.name}"
+        raise InputError(f"{path}: {dangling}; {hint}")
     return path
 
 
-def make_plan(path: str | Path, *, variant: str | None = None, ema: bool = False) -> Plan:
-    """Look at a checkpoint without reading its weights."""
+def make_plan(
+    path: str | Path, *, variant: str | None = None, ema: bool = False, vae: str | Path | None = None
+) -> CheckpointPlan:
+    """Look at a checkpoint without reading its weights. The arguments are those of `load`."""
     path = check_exists(path)
-    return plan_folder(path, variant) if path.is_dir() else plan_single_file(path, ema)
+    other = plan_vae(check_exists(vae)) if vae else None
+    return plan_folder(path, variant, other) if path.is_dir() else plan_single_file(path, ema, other)
 
 
-def trained_size(plan: Plan) -> tuple[int, int]:
+def trained_size(plan: CheckpointPlan) -> tuple[int, int]:
     """Height and width, in latents, of the pictures the model was trained on.
 
     Folders say it. Single files of SD 2.x that predict v were trained on 768 pixels, all others on 512.
@@ -178,7 +148,7 @@ def probe_prediction_type(unet: UNet) -> str:
     return "v_prediction" if (output - x[:, : config.out_channels]).float().mean() < -1 else "epsilon"
 
 
-def load_tokenizer(plan: Plan, path: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(plan: CheckpointPlan, path: str | Path | None = None) -> Tokenizer:
     """The tokenizer at `path`, or that of the checkpoint's folder, or one beside the single file."""
     return find_tokenizer(plan.path, plan.parts["text_encoder"].module.config, path, pad=plan.pad)
 
@@ -191,23 +161,28 @@ def find_tokenizer(
     pad: str | None = None,
     flag: str = "--tokenizer",
 ) -> Tokenizer:
-    """The same for any text encoder; `flag` is the option that gives `path`, for messages."""
+    """The tokenizer of a text encoder.
+
+    Args:
+        checkpoint: the folder or file that the encoder is from; a tokenizer is looked for in it or beside it.
+        text: the encoder's config.
+        path: the tokenizer, if the user gave one.
+        pad: the padding token, where the family fixes it.
+        flag: the option that gives `path`, for messages.
+    """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     names = ("tokenizer", ".", "bpe_simple_vocab_16e6.txt.gz")
-    candidates = [Path(path)] if path else [folder / name for name in names]
-    for candidate in candidates:
-        if candidate.is_file() or any((candidate / n).is_file() for n in ("vocab.json", "tokenizer.json")):
-            tokenizer = read_tokenizer(candidate, pad=pad)
-            if len(tokenizer) > text.vocab_size:
-                raise InputError(
-                    f"{candidate}: has {len(tokenizer)} ids, the text encoder of {checkpoint} knows "
-                    f"{text.vocab_size}; give the tokenizer that belongs to it with {flag}"
-                )
-            return tokenizer
-    if path:
-        raise InputError(
-            f"{path}: no tokenizer here (vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz)"
-        )
+    for candidate in [Path(path)] if path else [folder / name for name in names]:
+        known = any((candidate / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+        if not (path or known or candidate.is_file()):
+            continue
+        tokenizer = read_tokenizer(candidate, pad=pad)
+        if len(tokenizer) > text.vocab_size:
+            raise InputError(
+                f"{candidate}: has {len(tokenizer)} ids, the text encoder of {checkpoint} knows "
+                f"{text.vocab_size}; give the tokenizer that belongs to it with {flag}"
+            )
+        return tokenizer
     raise InputError(
         f"{checkpoint}: comes without a tokenizer; get CLIP's with `python tools/download.py tokenizer "
         f"{folder / 'tokenizer'}`, or give {flag} PATH"

@@ -1,14 +1,14 @@
 """Opening the CLIP that judges pictures: its encoders, its tokenizer, and how a picture becomes its input.
 
-Three layouts are known: a transformers folder of a CLIPModel; OpenAI's own file, as a state dict or as the
-TorchScript archive it was published in; and a Stable Diffusion folder with an `image_encoder` that shares the
-space of its text encoder, such as weights/tiny.
+Four layouts are known: a transformers folder of a CLIPModel; OpenAI's own file, as a state dict or as the
+TorchScript archive it was published in; an open_clip file with its `open_clip_config.json` beside it; a
+Stable Diffusion folder with an `image_encoder` that shares the space of its text encoder, as weights/tiny.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,17 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.clip import CLIPTextModel
-from ..model.config import TextConfig
+from ..model.config import TextConfig, VisionConfig
 from ..model.image_encoder import CLIPVisionModel
 from ..model.tokenizer import PROMPT_LENGTH, Tokenizer
 from . import configs, shapes_to_config
 from .checkpoint import find_tokenizer
-from .folder import current_snapshot, explained, find_weights, folder_part
-from .json_checks import read_json
-from .keymap import IGNORED, OPENAI_LAYERS, Origin, find_origins, openai_image_blocks, openai_text_blocks
-from .load_plan import Part
-from .torchscript import TorchScriptFile, is_torchscript
+from .folder import current_snapshot, find_weights, folder_part
+from .json_checks import REQUIRED, Table, each, flag, one_of, read_json, read_keys, real, whole
+from .keymap import OPENAI_LAYERS, Origin, find_origins, openai_image_blocks, openai_text_blocks
+from .kinds import kind_of_keys
+from .load_plan import PartPlan, refuse_problems, unclaimed_keys
+from .reading import naming
 from .weightfile import WeightFile
 
 # Of the pixels of CLIP's training pictures, in red, green and blue.
@@ -42,6 +43,7 @@ class Preprocess:
     Attributes:
         resize: pixels of the shorter side before the square is cut out.
         crop: side of the square.
+        mean, std: of the pixels' values, 0 to 1, in red, green and blue.
     """
 
     resize: int = 224
@@ -50,29 +52,37 @@ class Preprocess:
     std: tuple[float, ...] = STD
 
     @classmethod
-    def read(cls, path: Path, image_size: int) -> Preprocess:
-        """From a `preprocessor_config.json`; without one, as CLIP does it."""
-        if not path.is_file():
-            return cls(image_size, image_size)
-        raw = read_json(path)
+    def read(cls, folder: Path, image_size: int) -> Preprocess:
+        """From the `preprocessor_config.json` of a folder, or the `processor_config.json` of transformers 5.
+
+        Without either, as CLIP does it.
+        """
+        raw: Any = {}
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if (folder / name).is_file():
+                raw = read_json(folder / name)
+                raw = raw.get("image_processor", {} if name.startswith("processor") else raw)
+                break
         steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-        resize, crop = raw.get("size", image_size), raw.get("crop_size", image_size)
-        resize = resize.get("shortest_edge") if isinstance(resize, dict) else resize
-        crop = crop.get("height") if isinstance(crop, dict) else crop
-        mean, std = (
-            tuple(raw.get(key, default)) for key, default in (("image_mean", MEAN), ("image_std", STD))
-        )
+        with naming(folder / name, "the config of a CLIP's image processor"):
+            resize, crop = raw.get("size", image_size), raw.get("crop_size", image_size)
+            resize = resize.get("shortest_edge") if isinstance(resize, dict) else resize
+            crop = crop.get("height") if isinstance(crop, dict) else crop
+            three = each(real(-1e3, 1e3), 3)
+            mean, std = three(raw.get("image_mean", MEAN)), three(raw.get("image_std", STD))
         if (
             any(raw.get(step, True) is not True for step in steps)
             or raw.get("resample", 3) != 3
-            or not isinstance(resize, int)
+            or abs(raw.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6
+            or type(resize) is not int
             or crop != image_size
-            or resize < crop
+            or not crop <= resize <= 16 * crop
             or not len(mean) == len(std) == 3
+            or 0 in std
         ):
             raise InputError(
-                f"{path}: asks for something else than a bicubic resize of the shorter side to at least "
-                f"{image_size} pixels, the middle {image_size} of them, and a mean and a std for each colour"
+                f"{folder / name}: asks for something else than a bicubic resize of the shorter side to at "
+                f"least {image_size} pixels, the middle of them, and a mean and a std for each colour"
             )
         return cls(resize, crop, mean, std)
 
@@ -112,15 +122,22 @@ def load_clip(path: str | Path, *, device: torch.device, tokenizer: str | Path |
         InputError: it is none, or does not fit; the message names the file and the key.
     """
     path = current_snapshot(Path(path))
-    if path.is_dir():
-        pair = (path / "image_encoder").is_dir()
-        text, image, unexpected = _plan_pair(path) if pair else _plan_transformers(path)
-        settings = path / ("image_encoder" if pair else ".") / "preprocessor_config.json"
-    elif path.exists() or path.is_symlink():
-        text, image, unexpected = _plan_openai(path)
-        settings = path.with_name("preprocessor_config.json")
-    else:
+    folder = path if path.is_dir() else path.parent
+    settings = Preprocess()
+    if not path.exists() and not path.is_symlink():
         raise InputError(f"{path}: does not exist; give the folder or file of a CLIP")
+    if (path / "image_encoder").is_dir():
+        folder = path / "image_encoder"
+        text, image, unexpected = _plan_pair(path)
+    elif (path / "config.json").exists():
+        text, image, unexpected = _plan_transformers(path)
+    elif path.is_dir() and not (path / "open_clip_config.json").is_file():
+        raise InputError(
+            f"{path}: has neither an image_encoder nor CLIP's config.json; give the folder of a CLIP with "
+            "--clip (`python tools/download.py clip-b32 weights/clip-b32` gets one)"
+        )
+    else:
+        text, image, unexpected, settings = _plan_file(path)
     config: TextConfig = text.module.config
     width = config.projection_dim or config.hidden_size
     problems = [*text.problems(), *image.problems(), *(f"unexpected key {key}" for key in unexpected)]
@@ -130,101 +147,140 @@ def load_clip(path: str | Path, *, device: torch.device, tokenizer: str | Path |
         problems.append(
             f"{config.max_position_embeddings} positions, prompts are {PROMPT_LENGTH} tokens long"
         )
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise InputError(f"{path}: does not fit; {'; '.join(problems[:3])}{more}")
+    refuse_problems(path, problems)
+    size = image.module.config.image_size
+    stored = Preprocess.read(folder, size)
     return ClipParts(
         tokenizer=find_tokenizer(path, config, tokenizer, flag="--clip-tokenizer"),
-        preprocess=Preprocess.read(settings, image.module.config.image_size),
+        preprocess=replace(settings, resize=size, crop=size) if settings != Preprocess() else stored,
         text_encoder=text.load(torch.float32, device),
         image_encoder=image.load(torch.float32, device),
     )
 
 
-Planned = tuple[Part, Part, list[str]]  # text encoder, image encoder, keys that neither claims
+Planned = tuple[PartPlan, PartPlan, list[str]]  # text encoder, image encoder, keys that neither claims
 
 
 def _plan_pair(path: Path) -> Planned:
+    source = path / "image_encoder" / "config.json"
+    if not read_json(source).get("shares_text_space"):
+        raise InputError(f"{source}: shares no space with the text encoder; give another CLIP with --clip")
     text = folder_part(path / "text_encoder", configs.text_config, CLIPTextModel, "model")
-    config: TextConfig = text.module.config
-    source = path / "text_encoder" / "config.json"
-    if config.projection_dim is None and read_json(source).get("projection_dim") != config.hidden_size:
-        raise InputError(f"{source}: shares no space with pictures; give another CLIP with --clip")
     image = folder_part(path / "image_encoder", configs.vision_config, CLIPVisionModel, "model")
-    return text, image, [*_unclaimed([text]), *_unclaimed([image])]
+    return text, image, [*unclaimed_keys([text]), *unclaimed_keys([image])]
 
 
 # What transformers leaves out of a config because it is the default there.
-TEXT_DEFAULTS = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-}
-VISION_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "patch_size": 32,
-}
+TEXT_DEFAULTS = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "patch_size": 32}
 
 
 def _plan_transformers(path: Path) -> Planned:
     source = path / "config.json"
-    if not source.exists():
-        raise InputError(
-            f"{path}: has neither an image_encoder nor CLIP's config.json; give the folder of a CLIP with "
-            "--clip (`python tools/download.py clip-b32 weights/clip-b32` gets one)"
-        )
     raw = read_json(source)
     if not all(isinstance(raw.get(key), dict) for key in ("text_config", "vision_config")):
         raise InputError(f"{source}: describes no CLIPModel (no text_config and vision_config in it)")
-    shared = {"projection_dim": raw.get("projection_dim", 512)}
 
     def config(half: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
         # The oldest configs repeat the half that counts under another name.
-        return {**defaults, **raw[half], **(raw.get(f"{half}_dict") or {}), **shared}
+        told = {
+            **raw[half],
+            **(raw.get(f"{half}_dict") or {}),
+            "projection_dim": raw.get("projection_dim", 512),
+        }
+        return {"num_hidden_layers": 12, **defaults, **told}
 
-    with explained(source, "CLIP"), torch.device("meta"):
-        text = CLIPTextModel(
-            configs.text_config(config("text_config", TEXT_DEFAULTS), str(source), projected=True)
-        )
-        vision = configs.vision_config(config("vision_config", VISION_DEFAULTS), str(source))
-        image = CLIPVisionModel(vision)
-    files = [WeightFile(file) for file in find_weights(path, "model", None)]
+    with naming(source, "a whole CLIP model"), torch.device("meta"):
+        if raw.get("model_type", "clip") != "clip":
+            raise InputError(f"{source}: describes a {str(raw['model_type'])[:60]}, not a CLIP; give a CLIP")
+        text_config = configs.text_config(config("text_config", TEXT_DEFAULTS), str(source), projected=True)
+        vision_config = configs.vision_config(config("vision_config", VISION_DEFAULTS), str(source))
+        text, image = CLIPTextModel(text_config), CLIPVisionModel(vision_config)
+    files = [WeightFile(file) for file in find_weights(path, "model")[0]]
     parts = [
-        Part(module, {key: Origin(key) for key in module.state_dict()}, files) for module in (text, image)
+        PartPlan(module, {key: Origin(key) for key in module.state_dict()}, files) for module in (text, image)
     ]
-    return *parts, _unclaimed(parts)
+    return *parts, unclaimed_keys(parts)
 
 
-def _plan_openai(path: Path) -> Planned:
-    script = is_torchscript(path)
-    file = TorchScriptFile(path) if script else WeightFile(path)
+# `open_clip_config.json`: the model, each of its halves, and how its pictures were prepared.
+SHAPES = ("layers", "width", "patch_size", "image_size", "context_length", "vocab_size", "mlp_ratio")
+OPEN_CLIP: Table = {
+    "embed_dim": (REQUIRED, whole(1, configs.WIDTH)),
+    "quick_gelu": (False, flag),
+    "vision_cfg": (REQUIRED, lambda value: value),
+    "text_cfg": (REQUIRED, lambda value: value),
+}
+OPEN_CLIP_HALF: Table = {
+    key: (None, lambda value: value) for key in SHAPES
+} | {  # which the weights tell, too
+    "heads": (8, whole(1, configs.WIDTH)),
+    "head_width": (64, whole(1, configs.WIDTH)),
+}
+OPEN_CLIP_PICTURES: Table = {
+    "mean": (MEAN, each(real(-1e3, 1e3), 3)),
+    "std": (STD, each(real(0, 1e3), 3)),
+    "interpolation": ("bicubic", one_of("bicubic")),
+    "resize_mode": ("shortest", one_of("shortest")),
+    "mode": ("RGB", one_of("RGB")),
+    "size": (None, lambda value: value),
+    "fill_color": (0, lambda value: value),
+}
+
+
+def _plan_file(path: Path) -> tuple[PartPlan, PartPlan, list[str], Preprocess]:
+    """A file of OpenAI's, which says all sizes, or one of open_clip, whose config says the rest."""
+    source = (path if path.is_dir() else path.parent) / "open_clip_config.json"
+    if path.is_dir():
+        path = find_weights(path, "open_clip_(?:model|pytorch_model)")[0][0]
+    file = WeightFile(path)
     if any(key.startswith("vision_model.") for key in file.shapes):
         raise InputError(f"{path}: is from a transformers folder; give that folder, with its config.json")
     if any(key.startswith("visual.layer1.") for key in file.shapes):
         raise InputError(
             f"{path}: is a CLIP with a ResNet; use one with a vision transformer, such as ViT-B/32"
         )
-    with explained(path, "CLIP"), torch.device("meta"):
-        text = CLIPTextModel(shapes_to_config.openai_text_config(file.shapes))
-        image = CLIPVisionModel(shapes_to_config.openai_vision_config(file.shapes))
+    if "visual.proj" not in file.shapes and (kind := kind_of_keys(file.shapes)):
+        raise InputError(f"{path}: is not a CLIP; it seems to be {kind}")
+    sizes = {"input_resolution", "context_length", "vocab_size"}  # numbers of OpenAI's program, as tensors
+    settings = Preprocess()
+    with naming(path, "a whole CLIP model"), torch.device("meta"):
+        text_config = shapes_to_config.openai_text_config(file.shapes)
+        vision_config = shapes_to_config.openai_vision_config(file.shapes)
+    if source.is_file():
+        text_config, vision_config, settings = _read_open_clip(source, text_config, vision_config)
+    elif not (file.is_script or sizes <= file.shapes.keys()):
+        raise InputError(
+            f"{path}: may be OpenAI's or open_clip's, which compute differently; put open_clip_config.json "
+            "beside it, or use OpenAI's own file, or the folder of a transformers CLIPModel"
+        )
+    with naming(path, "a whole CLIP model"), torch.device("meta"):
+        text, image = CLIPTextModel(text_config), CLIPVisionModel(vision_config)
     parts = [
-        Part(module, find_origins(module.state_dict(), blocks, OPENAI_LAYERS, ""), [file])
+        PartPlan(module, find_origins(module.state_dict(), blocks, OPENAI_LAYERS, ""), [file])
         for module, blocks in (
             (text, openai_text_blocks(text.config)),
             (image, openai_image_blocks(image.config)),
         )
     ]
-    sizes = {"input_resolution", "context_length", "vocab_size"}  # numbers of the program, kept as tensors
-    return *parts, [key for key in _unclaimed(parts) if not script and key not in sizes]
+    return *parts, [k for k in unclaimed_keys(parts) if not file.is_script and k not in sizes], settings
 
 
-def _unclaimed(parts: list[Part]) -> list[str]:
-    """The keys of some files that none of the parts in them claims."""
-    claimed = {origin.key for part in parts for origin in part.origins.values()}
-    keys = (key for file in parts[0].files for key in file.shapes)
-    return [key for key in keys if key not in claimed and not IGNORED.fullmatch(key)]
+def _read_open_clip(
+    source: Path, text: TextConfig, vision: VisionConfig
+) -> tuple[TextConfig, VisionConfig, Preprocess]:
+    """What the shapes do not tell: the activation, the number of heads, the mean and std of pictures."""
+    raw = read_json(source)
+    with naming(source, "the config of an open_clip model"):
+        model = read_keys(raw["model_cfg"], OPEN_CLIP, str(source))
+        halves = {
+            name: read_keys(model[f"{name}_cfg"], OPEN_CLIP_HALF, str(source)) for name in ("text", "vision")
+        }
+        pictures = read_keys(raw.get("preprocess_cfg") or {}, OPEN_CLIP_PICTURES, str(source))
+        act = "quick_gelu" if model["quick_gelu"] else "gelu"
+        heads = vision.hidden_size // halves["vision"]["head_width"]
+        return (
+            replace(text, hidden_act=act, num_attention_heads=halves["text"]["heads"]),
+            replace(vision, hidden_act=act, num_attention_heads=heads),
+            Preprocess(mean=pictures["mean"], std=pictures["std"]),
+        )

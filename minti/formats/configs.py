@@ -49,6 +49,7 @@ VISION: Table = TRANSFORMER | {
     "image_size": (224, whole(1, 4096)),
     "patch_size": (REQUIRED, whole(1, 4096)),
     "num_channels": (3, one_of(3)),
+    "shares_text_space": (False, flag),  # ours: the text encoder beside it ends in the same space
 }
 DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # name: whether it has attention
 UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}

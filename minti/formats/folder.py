@@ -1,12 +1,10 @@
-"""The layouts of public checkpoints: folders of the diffusers library, and single files of the CompVis code.
-
-Either is turned into a plan (`plan.py`) that says where every weight is to be found.
-"""
+"""Plans for folders in the layout of the diffusers library: each part has a folder with its config.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,21 +16,33 @@ from ..model.unet import UNet
 from ..model.vae import VAE
 from . import configs
 from .json_checks import read_json
-from .keymap import FOLDER_ALIASES, IGNORED, Origin
-from .load_plan import Part, Plan
+from .keymap import FOLDER_ALIASES, Origin
+from .kinds import kind_of_folder
+from .load_plan import CheckpointPlan, PartPlan, unclaimed_keys
+from .reading import naming, read_bytes
 from .weightfile import WeightFile
 
+STEM = "diffusion_pytorch_model"  # how diffusers calls files of weights; transformers calls them "model"
 
-def plan_folder(path: Path, variant: str | None) -> Plan:
-    """Plan for a folder, also of huggingface_hub's cache; `variant` as in `model.fp16.safetensors`."""
+
+def plan_folder(path: Path, variant: str | None, vae: PartPlan | None = None) -> CheckpointPlan:
+    """Plan for a folder, also of huggingface_hub's cache.
+
+    Args:
+        variant: of which set of weights, as in `model.fp16.safetensors`; a part without it uses another.
+        vae: an autoencoder from elsewhere, instead of the folder's own.
+    """
     path = current_snapshot(path)
     index = path / "model_index.json"
-    kind = read_json(index).get("_class_name", "") if index.is_file() else ""
+    kind = read_json(index).get("_class_name") or "" if index.is_file() else ""
+    if not isinstance(kind, str):
+        raise InputError(f"{index}: _class_name = {str(kind)[:60]} should be the name of a pipeline")
     if "XL" in kind or (not kind and (path / "text_encoder_2").is_dir()):
         raise InputError(
             f"{path}: SDXL needs two text encoders at once, which minti's pipeline does not have"
         )
-    missing = [name for name in ("unet", "vae", "text_encoder", "scheduler") if not (path / name).is_dir()]
+    needed = ("unet", "text_encoder", "scheduler", *(() if vae else ("vae",)))
+    missing = [name for name in needed if not (path / name).is_dir()]
     other = bool(kind) and "StableDiffusion" not in kind
     if missing or other:
         what = f"a {kind}" if other else f"no {', no '.join(missing)} folder"
@@ -40,84 +50,87 @@ def plan_folder(path: Path, variant: str | None) -> Plan:
         hint = f"; did you mean {path / files[0]}?" if files else ""
         raise InputError(f"{path}: is not a whole Stable Diffusion folder ({what}){hint}")
 
-    stem = "diffusion_pytorch_model"
-    parts = {
-        "text_encoder": folder_part(
-            path / "text_encoder", configs.text_config, CLIPTextModel, "model", variant
-        ),
-        "unet": folder_part(path / "unet", configs.unet_config, UNet, stem, variant),
-        "vae": folder_part(path / "vae", configs.vae_config, VAE, stem, variant),
-    }
-    unexpected = []
-    for name, p in parts.items():
-        claimed = {origin.key for origin in p.origins.values()}
-        keys = [key for file in p.files for key in file.shapes]
-        unexpected += [f"{name}/{key}" for key in keys if key not in claimed and not IGNORED.fullmatch(key)]
+    parts, notes, chosen = {}, [], set()
+    for name, config, module, stem in (
+        ("text_encoder", configs.text_config, CLIPTextModel, "model"),
+        ("unet", configs.unet_config, UNet, STEM),
+        ("vae", configs.vae_config, VAE, STEM),
+    ):
+        if name == "vae" and vae:
+            parts[name] = vae
+            continue
+        parts[name] = folder_part(path / name, config, module, stem, variant)
+        used = find_weights(path / name, stem, variant)[1]
+        chosen.add(used)
+        if used != (variant or ""):
+            notes.append(f"{name}: no {variant or 'plain'} weights, using {parts[name].files[0].path.name}")
+    if variant and variant not in chosen:
+        raise InputError(f"{path}: no weights of variant {variant!r} in any part; leave out --variant")
     source = path / "scheduler" / "scheduler_config.json"
-    with explained(source):
-        schedule = configs.schedule_config(read_json(source), str(source))
+    with naming(source, "the noise schedule of a Stable Diffusion"):
+        # Whatever the config says, the pipeline of diffusers has taken 1 since it learned of the setting.
+        schedule = replace(configs.schedule_config(read_json(source), str(source)), steps_offset=1)
         Schedule(schedule)
-    return Plan(path, "diffusers", parts, schedule, unexpected=unexpected)
+    unexpected = [f"{name}/{key}" for name, part in parts.items() for key in unclaimed_keys([part])]
+    return CheckpointPlan(path, "diffusers", parts, schedule, unexpected=unexpected, notes=notes)
 
 
 def current_snapshot(path: Path) -> Path:
     """The folder itself; of the cache of huggingface_hub, where it is two levels below, the current one."""
     if not (path / "snapshots").is_dir():
         return path
-    snapshots = sorted((path / "snapshots").iterdir(), key=lambda p: p.stat().st_mtime)
+    folders = [p for p in (path / "snapshots").iterdir() if p.is_dir()]
     main = path / "refs" / "main"
-    current = path / "snapshots" / (main.read_text().strip() if main.is_file() else "-")
-    return current if current.is_dir() else snapshots[-1] if snapshots else path
+    name = read_bytes(main, 1000).decode(errors="replace").strip() if main.is_file() else ""
+    by_age = sorted(folders, key=lambda p: (p.name == name, p.stat().st_mtime))
+    return by_age[-1] if by_age else path
 
 
-def folder_part(folder: Path, config: Callable, module: type, stem: str, variant: str | None = None) -> Part:
+def folder_part(
+    folder: Path, config: Callable, module: type, stem: str, variant: str | None = None
+) -> PartPlan:
     """The module that a folder's `config.json` describes, its weights under our own names or an alias."""
     source = folder / "config.json"
-    with explained(source), torch.device("meta"):
+    with naming(source, "the config of a Stable Diffusion"), torch.device("meta"):
         built = module(config(read_json(source), str(source)))
-    files = [WeightFile(file) for file in find_weights(folder, stem, variant)]
+    files = [WeightFile(file) for file in find_weights(folder, stem, variant)[0]]
     keys = {key for file in files for key in file.shapes}
     origins = {key: Origin(find_alias(key, keys)) for key in built.state_dict()}
-    return Part(built, origins, files)
-
-
-@contextmanager
-def explained(source: Path, model: str = "Stable Diffusion") -> Iterator[None]:
-    """Numbers that make no model (text, negative widths, ...) fail in many ways. Say where they came from."""
-    try:
-        yield
-    except InputError as error:
-        raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
-    except KeyError as error:
-        raise InputError(f"{source}: is not a whole {model} model (no {error.args[0]})") from None
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise InputError(f"{source}: does not describe a {model} model ({error})") from None
+    return PartPlan(built, origins, files)
 
 
 def find_alias(key: str, keys: set[str]) -> str:
+    """The name under which a folder stores one of our weights: our own, or the first alias that is there."""
     names = [key, *(key.replace(ours, theirs, 1) for ours, theirs in FOLDER_ALIASES)]
     return next((name for name in names if name in keys), key)
 
 
-def find_weights(folder: Path, stem: str, variant: str | None) -> list[Path]:
-    """The files with the weights of one part: safetensors before .bin, whole before sharded."""
-    for wanted in [variant] if variant else ["", "fp16", "non_ema"]:
-        dot = f".{wanted}" if wanted else ""
-        for name, suffix in ((stem, "safetensors"), (stem, "bin"), (f"pytorch_{stem}", "bin")):
-            whole = folder / f"{name}{dot}.{suffix}"
-            if whole.exists() or whole.is_symlink():
-                return [whole]
-            for index in (
-                folder / f"{name}.{suffix}.index{dot}.json",
-                folder / f"{name}{dot}.{suffix}.index.json",
-            ):
-                if index.exists():
-                    shards = read_json(index).get("weight_map")
-                    if not shards or not isinstance(shards, dict) or {*map(type, shards.values())} != {str}:
-                        raise InputError(f"{index}: lists no files of weights; download it again")
-                    return [folder / shard for shard in sorted(set(shards.values()))]
-    there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
-    raise InputError(
-        f"{folder}: no weights{f' of variant {variant!r}' if variant else ''} (looked for {stem}.safetensors "
-        f"and the like); {'there are: ' + ', '.join(there) if there else 'download the whole folder'}"
+def find_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[list[Path], str]:
+    """The files with the weights of one part, and their variant ("" for the plain ones).
+
+    Of several sets the wanted variant comes first, then the plain one, then any other; within it safetensors
+    before .bin, and one whole file before pieces, which are called `model-00001-of-00002.safetensors`.
+
+    Raises:
+        InputError: there are no weights, or not all pieces of them.
+    """
+    name = re.compile(
+        rf"(pytorch_)?{stem}(\.(?P<before>\w+))?(?P<piece>-\d+-of-(?P<count>\d+))?(\.(?P<after>\w+))?"
+        r"\.(?P<suffix>safetensors|bin)"
     )
+    sets: dict[tuple, list[Path]] = {}
+    for path in sorted(folder.glob("*")):
+        if m := name.fullmatch(path.name):
+            kind = m["before"] or m["after"] or ""
+            order = [variant, "", "fp16", "non_ema"]
+            place = order.index(kind) if kind in order else len(order)
+            rank = (place, kind, m["suffix"] == "bin", bool(m["piece"]), path.name if not m["piece"] else "")
+            sets.setdefault((*rank, int(m["count"] or 1)), []).append(path)
+    if not sets:
+        there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
+        hint = f"there are: {', '.join(there[:5])}" if there else kind_of_folder(folder)
+        raise InputError(f"{folder}: no weights (looked for {stem}.safetensors and the like); {hint}")
+    (_, kind, *_, count), files = min(sets.items())
+    if len(files) != count:
+        raise InputError(f"{folder}: holds {len(files)} of the {count} pieces of its weights; get the others")
+    return files, kind

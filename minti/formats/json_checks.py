@@ -28,9 +28,9 @@ BOOKKEEPING = """
     pad_token_id tie_word_embeddings max_length num_beams num_beam_groups length_penalty repetition_penalty
     num_return_sequences temperature top_k top_p typical_p
 """
-# diffusers: samplers (minti samples with DDIM, whichever is recommended), the heads of an embedding that is not
-# supported, and the dtype that SDXL's autoencoder needs. `clip_sample` is meant for pictures, since latents are
-# not bounded by 1; the pipeline of diffusers switches it off, too.
+# diffusers: samplers (minti samples with DDIM, whichever is recommended), the heads of an embedding that is
+# not supported, and the dtype that SDXL's autoencoder needs. `clip_sample` is for pictures: latents are not
+# bounded by 1, and the pipeline of diffusers switches it off, too.
 SAMPLING = """
     clip_sample clip_sample_range sample_max_value dynamic_thresholding_ratio variance_type skip_prk_steps
     interpolation_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas sigma_min

@@ -220,7 +220,10 @@ FOLDER_ALIASES = (
 IGNORED = re.compile(
     r"(.*\.)?(position_ids|logit_scale|attn_mask)"
     r"|(posterior_|sqrt_|log_one_minus_)\w+|betas|alphas_cumprod(_prev)?|logvar|scale_factor"
-    r"|model_ema\..*"
-    r"|cond_stage_model\.model\.(text_projection|visual\..*)"
-    r"|(first_stage_model\.)?loss\..*"
+    r"|(first_stage_model\.)?(model_ema|loss)\..*|lvlb_weights"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.model\.(text_projection|visual\..*)"
+    # CLIP's other half and its projections, which Stable Diffusion 1 does not use; a copy of the text encoder
+    # that the official training of textual inversion saved; the filter of finished pictures.
+    r"|cond_stage_model\.(transformer\.)?(text_projection(\.weight)?|vision_model\..*|visual_projection\..*)"
+    r"|embedding_manager\..*|safety_checker\..*"
 )

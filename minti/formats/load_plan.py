@@ -1,11 +1,12 @@
 """What is going to be loaded: for every weight of every module, the file, name and form it is found in.
 
-A plan is checked as a whole (`Plan.problems`) before anything is read; then each module, built without memory
-of its own, takes its weights over straight from disk (`Part.load`).
+A plan is checked as a whole (`CheckpointPlan.problems`) before anything is read; then each module, built
+without memory of its own, takes its weights over straight from disk (`PartPlan.load`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +14,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..model.config import ScheduleConfig, UNetConfig
 from ..model.tokenizer import PROMPT_LENGTH
-from .keymap import Origin, stored_shapes, to_ours
+from .keymap import IGNORED, Origin, stored_shapes, to_ours
 from .weightfile import WeightFile
 
 
 @dataclass
-class Part:
-    """One module of the model, and where its weights are."""
+class PartPlan:
+    """One module of the model, and where its weights are.
 
-    module: nn.Module  # on the meta device: shapes without memory
+    Attributes:
+        module: on the meta device, which has shapes without memory.
+        origins: the name of each weight in the module -> its place in the files.
+        files: the files that hold them.
+        ignored: a pattern of keys in the files that belong to no module, besides `keymap.IGNORED`.
+    """
+
+    module: nn.Module
     origins: dict[str, Origin]
     files: Sequence[WeightFile]
-    ignored: str = r"(?!)"  # keys of the files that belong to nobody, besides keymap.IGNORED
+    ignored: str = r"(?!)"
 
     def problems(self) -> list[str]:
         """What keeps the weights from fitting: missing keys, wrong shapes and types, one line each."""
@@ -64,8 +73,23 @@ class Part:
         return self.module.requires_grad_(False).eval()
 
 
+def unclaimed_keys(parts: Sequence[PartPlan]) -> list[str]:
+    """The keys in the files of some parts that none of these parts claims, and that may not be ignored."""
+    claimed = {origin.key for part in parts for origin in part.origins.values()}
+    ignored = re.compile("|".join([IGNORED.pattern, *(part.ignored for part in parts)]))
+    keys = dict.fromkeys(key for part in parts for file in part.files for key in file.shapes)
+    return [key for key in keys if key not in claimed and not ignored.fullmatch(key)]
+
+
+def refuse_problems(path: Path, problems: Sequence[str]) -> None:
+    """Raise InputError with the first few of the problems, if there are any."""
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise InputError(f"{path}: does not fit; {'; '.join(problems[:3])}{more}")
+
+
 @dataclass
-class Plan:
+class CheckpointPlan:
     """How a checkpoint will be loaded.
 
     Attributes:
@@ -81,7 +105,7 @@ class Plan:
 
     path: Path
     layout: str
-    parts: dict[str, Part]
+    parts: dict[str, PartPlan]
     schedule: ScheduleConfig
     pad: str | None = None
     ask_prediction_type: bool = False
@@ -91,21 +115,30 @@ class Plan:
     def problems(self) -> list[str]:
         """Everything that keeps it from being loaded, one line each; empty if all is well."""
         found = [f"{name}: {problem}" for name, part in self.parts.items() for problem in part.problems()]
-        positions = self.parts["text_encoder"].module.config.max_position_embeddings
-        if positions < PROMPT_LENGTH:
+        text, unet, vae = (self.parts[name].module.config for name in ("text_encoder", "unet", "vae"))
+        latent = vae.latent_channels
+        if text.max_position_embeddings < PROMPT_LENGTH:
+            positions = text.max_position_embeddings
             found.append(f"text_encoder: has {positions} positions, prompts are {PROMPT_LENGTH} tokens long")
-        channels = self.parts["unet"].module.config.in_channels
-        latent = self.parts["vae"].module.config.latent_channels
-        if channels not in (latent, 2 * latent + 1):
+        if unet.in_channels not in (latent, 2 * latent + 1):
             found.append(
-                f"unet: takes {channels} channels, neither those of a text-to-image model ({latent}) nor of "
-                f"an inpainting model ({2 * latent + 1})"
+                f"unet: takes {unet.in_channels} channels, neither those of a text-to-image model ({latent}) "
+                f"nor of an inpainting model ({2 * latent + 1})"
             )
+        if unet.out_channels != latent:
+            found.append(f"unet: gives {unet.out_channels} channels, the autoencoder has {latent}")
+        if unet.cross_attention_dim != text.hidden_size:
+            found.append(
+                f"unet: attends to vectors of {unet.cross_attention_dim}, the text encoder gives "
+                f"{text.hidden_size}"
+            )
+        if unet.projection_class_embeddings_input_dim:
+            found.append("unet: needs more than a prompt (sizes as SDXL, or a picture as unCLIP)")
         return found + [f"unexpected key {key}" for key in self.unexpected]
 
     @property
     def family(self) -> str:
-        """What a reader would call it."""
+        """The name of the family of models, for people."""
         unet: UNetConfig = self.parts["unet"].module.config
         name = {768: "SD 1.x", 1024: "SD 2.x"}.get(unet.cross_attention_dim, "Stable Diffusion, own size")
         return name + (" inpainting" if unet.in_channels == 9 else "")

@@ -21,34 +21,43 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def _count(shapes: Shapes, pattern: str) -> int:
     """How many numbered siblings there are: `pattern` captures the number at the start of a key."""
-    return 1 + max((int(m[1]) for key in shapes if (m := re.match(pattern, key))), default=-1)
+    return len({m[1] for key in shapes if (m := re.match(pattern, key))})
 
 
-def text_config(shapes: Shapes) -> TextConfig:
+def _sd2_layers(count: int, hidden: int, whole: bool) -> int:
+    """How many layers of its text encoder Stable Diffusion 2 uses: all of OpenCLIP's but the last.
+
+    OpenCLIP's ViT-H has 24. Files come with all of them, or without the last one. Of encoders of other sizes
+    `whole` tells: they have the projection that belongs behind the last layer.
+    """
+    return min(count, 23) if hidden == 1024 else count - 1 if whole else count
+
+
+def text_config(shapes: Shapes, *, is_sd2: bool = False) -> TextConfig:
     """From the keys of the Hugging Face layout (`text_model.encoder.layers...`)."""
     vocab_size, hidden = shapes["text_model.embeddings.token_embedding.weight"]
+    count = _count(shapes, r"text_model\.encoder\.layers\.(\d+)\.")
     return TextConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=_count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        num_hidden_layers=_sd2_layers(count, hidden, whole=False) if is_sd2 else count,
         num_attention_heads=max(1, hidden // 64),
         max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
+        hidden_act="gelu" if is_sd2 else "quick_gelu",
         eos_token_id=min(vocab_size, 49408) - 1,
     )
 
 
 def openclip_text_config(shapes: Shapes) -> TextConfig:
-    """From the keys of OpenCLIP (`transformer.resblocks...`).
-
-    Stable Diffusion 2 reads the output of the last layer but one, so the last one is left out altogether.
-    """
+    """From the keys of OpenCLIP (`transformer.resblocks...`), as Stable Diffusion 2 uses it."""
     vocab_size, hidden = shapes["token_embedding.weight"]
+    count = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
     return TextConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        num_hidden_layers=_count(shapes, r"transformer\.resblocks\.(\d+)\.") - 1,
+        num_hidden_layers=_sd2_layers(count, hidden, whole="text_projection" in shapes),
         num_attention_heads=max(1, hidden // 64),
         max_position_embeddings=shapes["positional_embedding"][0],
         hidden_act="gelu",
@@ -57,11 +66,10 @@ def openclip_text_config(shapes: Shapes) -> TextConfig:
 
 
 def openai_text_config(shapes: Shapes) -> TextConfig:
-    """From the keys of OpenAI's CLIP, which are OpenCLIP's; here the last layer counts."""
-    text = openclip_text_config(shapes)
+    """From the keys of OpenAI's CLIP, which are OpenCLIP's; here all layers count."""
     return replace(
-        text,
-        num_hidden_layers=text.num_hidden_layers + 1,
+        openclip_text_config(shapes),
+        num_hidden_layers=_count(shapes, r"transformer\.resblocks\.(\d+)\."),
         hidden_act="quick_gelu",
         projection_dim=shapes["text_projection"][1],
     )

@@ -1,46 +1,65 @@
 """Files of tensors, opened safely and read piece by piece.
 
 Whatever its format, a file is first asked for the names and shapes it holds; the tensors are then mapped from
-disk. Where they have to be converted, the file is opened anew for every few of them, so that the pages
-already read are given back and loading never holds much more than the result.
+disk. Where they have to be converted, the pages already read are given back after every few tensors, so that
+loading never holds much more than the result.
 """
 
 from __future__ import annotations
 
-import pickle
-import warnings
-import zipfile
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import InputError
+from .kinds import kind_of_head
+from .pickles import Inert, Module, read_torch
+from .reading import check_regular, naming
 
-CHUNK = 128 * 2**20  # bytes read between two openings of a file that is converted
+CHUNK = 128 * 2**20  # bytes read before the pages of a file that is converted are given back
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
 
 
 class WeightFile:
-    """One file of named tensors: safetensors, or what `torch.save` wrote.
+    """One file of named tensors: safetensors, what `torch.save` wrote, or a TorchScript archive.
 
     Attributes:
         shapes: name -> shape of every tensor in it.
         nbytes: name -> size in bytes.
         dtypes: name -> number format.
+        metadata: the free text of a safetensors file.
+        is_script: it is a TorchScript archive, among whose tensors are constants of its programs.
 
     Raises:
         InputError: the file is missing, truncated, not a file of weights, or a pickle that wants to run code.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._is_safetensors = _is_safetensors(path)
-        tensors = _peek_safetensors(path) if self._is_safetensors else _load_torch(path, "meta")
+        self.path, self.metadata, self.is_script = path, read_metadata(path), False
+        self._memory: mmap.mmap | None = None
+        self._mapped: dict[str, Tensor] | None = None  # None: safetensors are mapped when they are read
+        if is_safetensors(path):
+            tensors = _peek_safetensors(path)
+        else:
+            content, self._memory = read_torch(path)
+            self.is_script = isinstance(content, Module)
+            tensors = self._mapped = _tensors_of(content, path)
         if not tensors:
             raise InputError(f"{path}: holds no tensors; is it a file of weights?")
         self.shapes = {key: tuple(t.shape) for key, t in tensors.items()}
@@ -53,13 +72,12 @@ class WeightFile:
         Args:
             copied: the caller keeps converted copies rather than the views themselves.
         """
-        can_reopen = self._is_safetensors or zipfile.is_zipfile(self.path)
-        for chunk in self._chunks(keys) if copied and can_reopen else [keys]:
-            tensors = (
-                _map_safetensors(self.path, chunk) if self._is_safetensors else _load_torch(self.path, "cpu")
-            )
+        for chunk in self._chunks(keys) if copied else [keys]:
+            tensors = _map_safetensors(self.path, chunk) if self._mapped is None else dict(self._mapped)
             for key in chunk:
                 yield key, tensors.pop(key)
+            if copied and self._memory and hasattr(mmap, "MADV_DONTNEED"):
+                self._memory.madvise(mmap.MADV_DONTNEED)
 
     def _chunks(self, keys: Sequence[str]) -> Iterator[list[str]]:
         chunk, size = [], 0
@@ -72,51 +90,23 @@ class WeightFile:
         yield chunk
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file is safetensors (else a pickle of torch), going by its content, not by its name."""
-    if path.is_symlink() and not path.exists():
-        raise InputError(
-            f"{path}: is a link to a file that is not there; the download did not finish, repeat it"
-        )
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{path}: is a git-LFS pointer, not the weights; run `git lfs pull` or download the file"
-        )
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise InputError(f"{path}: is a web page, not the weights; use the site's download link")
-    if head[8:9] == b"{":
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is safetensors (else of torch), going by its content. InputError for other kinds."""
+    check_regular(path)
+    with naming(path, "a file that can be read"), path.open("rb") as file:
+        head = file.read(512)
+    # The first eight bytes are the length of the header; those of a text would be a number beyond all sizes.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return True
     if head.startswith((b"PK", b"\x80")):
         return False
-    raise InputError(f"{path}: is neither safetensors nor a PyTorch file, or is damaged; download it again")
+    raise InputError(f"{path}: {kind_of_head(path, head)}")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: truncated or damaged safetensors file ({error}); download it again"
-        ) from None
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
+    with naming(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
+        yield file
 
 
 def _peek_safetensors(path: Path) -> dict[str, Tensor]:
@@ -131,7 +121,7 @@ def _peek_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The free-text metadata of a safetensors file; nothing for other formats."""
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return {}
     with _opened(path) as file:
         return file.metadata() or {}
@@ -151,119 +141,26 @@ def read_nested(path: Path) -> Any:
     Raises:
         InputError: as for `WeightFile`.
     """
-    if not _is_safetensors(path):
-        return _unpickle(path, "cpu")
+    if not is_safetensors(path):
+        return read_torch(path)[0]
     file = WeightFile(path)
     return dict(file.read(list(file.shapes), copied=False))
 
 
-def _unpickle(path: Path, device: str) -> Any:
-    options = {"map_location": device, "mmap": device == "cpu" and zipfile.is_zipfile(path)}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles made by other versions
-            try:
-                return torch.load(path, weights_only=True, **options)
-            except pickle.UnpicklingError:
-                # Training frameworks leave objects of their own beside the weights. Read again with an
-                # unpickler that can build tensors and nothing else.
-                return torch.load(path, weights_only=False, pickle_module=_RESTRICTED, **options)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle can fail in any way whatever
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise InputError(f"{path}: truncated or damaged PyTorch file ({reason}); download it again") from None
-
-
-def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
-    content = _unpickle(path, device)
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+def _tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
+    """The named tensors of what a pickle holds: at its top, or in the one place where trainers put them."""
+    if isinstance(content, Module):
+        return content.tensors()
+    for _ in range(8):  # a hostile file may hold itself
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            break
         content = content["state_dict"]
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
-    return {
-        key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
-    }
-
-
-class _Inert:
-    """Stands for any object of an unknown class in a pickle. Does nothing, whatever is done to it."""
-
-    dump_patches = False  # asked for of modules in files of the oldest format
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
-        return self
-
-    def append(self, item: Any) -> None: ...
-
-    def extend(self, items: Any) -> None: ...
-
-
-class _Parameters(dict):
-    """Stands for a ParameterDict or ParameterList of torch: nothing but a dictionary of the tensors in it."""
-
-    dump_patches = False
-
-    def __setstate__(self, state: Any) -> None:
-        parameters = state.get("_parameters") if isinstance(state, dict) else None
-        if isinstance(parameters, dict):
-            self.update(parameters)
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """Builds tensors and plain containers; all else is inert. An obvious attack is reported."""
-
-    ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("torch._utils", "_rebuild_tensor"),
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("torch._utils", "_rebuild_parameter"),
-            ("torch", "Size"),
-            ("torch", "device"),
-        }
-    )
-    SUSPECT = frozenset(
-        {
-            "os",
-            "posix",
-            "nt",
-            "subprocess",
-            "sys",
-            "shutil",
-            "io",
-            "_io",
-            "socket",
-            "pty",
-            "runpy",
-            "importlib",
-        }
-    )
-    SUSPECT_BUILTINS = frozenset({"eval", "exec", "compile", "__import__", "breakpoint", "input"})
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
-        if module == "torch.nn.modules.container" and name in ("ParameterDict", "ParameterList"):
-            return _Parameters
-        builtin = module in ("builtins", "__builtin__")
-        if module.partition(".")[0] in self.SUSPECT or (builtin and name in self.SUSPECT_BUILTINS):
-            raise InputError(
-                f"wants to run {module}.{name}, as no weights do; it looks malicious, do not use it"
-            )
-        return _Inert
-
-
-# What torch.load expects of a pickle module.
-_RESTRICTED = SimpleNamespace(
-    Unpickler=RestrictedUnpickler,
-    load=lambda file, **options: RestrictedUnpickler(file, **options).load(),
-    UnpicklingError=pickle.UnpicklingError,
-    __name__="restricted_pickle",
-)
+        what = "Python object" if isinstance(content, Inert) else type(content).__name__
+        raise InputError(
+            f"{path}: holds a {what}, not a dictionary of weights; save the model's state_dict()"
+        )
+    tensors = {key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)}
+    if not tensors and (inside := [key for key, value in content.items() if isinstance(value, dict)]):
+        raise InputError(f"{path}: holds its tensors under {inside[0]!r}; save what is in there alone")
+    return tensors

@@ -136,7 +136,7 @@ class Schedule:
         alpha_prev = self._alphas[t_prev] if t_prev >= 0 else end
         sigma = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
         x0, eps = self.x0_and_eps(prediction, x_t, t)
-        x_prev = alpha_prev**0.5 * x0 + (1 - alpha_prev - sigma**2) ** 0.5 * eps
+        x_prev = alpha_prev**0.5 * x0 + max(0.0, 1 - alpha_prev - sigma**2) ** 0.5 * eps
         return x_prev + sigma * noise if eta else x_prev
 
     def ddim_sample(
