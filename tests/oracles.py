@@ -229,6 +229,8 @@ def save_clip(folder: Path, **changes) -> CLIPModel:
 def add_image_encoder(folder: Path) -> None:
     """Make a checkpoint of the family "small" judge its own pictures, as weights/tiny does."""
     image_encoder(projection_dim=TEXTS["small"]["hidden_size"]).save_pretrained(folder / "image_encoder")
+    path = folder / "image_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shares_text_space": True}))
 
 
 @functools.cache

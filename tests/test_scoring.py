@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from minti import InputError
-from minti.formats import keymap
+from minti.formats import configs, keymap
 from minti.formats.clip_checkpoint import Preprocess
 from minti.formats.vocabulary import read_tokenizer
 from minti.judge.scorer import Scorer, choose_clip
@@ -124,7 +124,7 @@ def test_a_preprocessor_config_is_followed(tmp_path: Path) -> None:
     theirs = Processor(
         size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3]
     )([image], return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(Preprocess.read(file, 32)(image), theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(Preprocess.read(tmp_path, 32)(image), theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,15 @@ def test_a_preprocessor_config_is_followed(tmp_path: Path) -> None:
         {"size": {"height": 32, "width": 32}},
         {"size": {"shortest_edge": 16}},
         {"image_mean": [0.5]},
+        {"image_std": [0.5, 0.0, 0.5]},
+        {"rescale_factor": 1 / 127.5},
     ],
 )
 def test_other_preprocessing_is_refused(change: dict, tmp_path: Path) -> None:
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps({"size": {"shortest_edge": 32}, "crop_size": 32} | change))
     with pytest.raises(InputError, match=r"preprocessor_config\.json: asks for something else"):
-        Preprocess.read(file, 32)
+        Preprocess.read(tmp_path, 32)
 
 
 # Layouts ---
@@ -272,6 +274,8 @@ class OpenAI(nn.Module):
         self.transformer = Transformer(64, torch.full((77, 77), -math.inf).triu(1))
         self.ln_final, self.text_projection = nn.LayerNorm(64), nn.Parameter(torch.randn(64, 24))
         self.logit_scale = nn.Parameter(torch.tensor(4.6))
+        for name, size in (("input_resolution", 32), ("context_length", 77), ("vocab_size", vocab_size)):
+            self.register_buffer(name, torch.tensor(size))  # as in the state dict of OpenAI's program
 
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         x = self.ln_final(self.transformer(self.token_embedding(ids) + self.positional_embedding))
@@ -309,16 +313,108 @@ def test_openai_names_both_ways(openai: OpenAI, folder: Path, tmp_path: Path) ->
         ours = module.state_dict()
         origins = keymap.find_origins(ours, blocks(module.config), keymap.OPENAI_LAYERS, "")
         found |= keymap.to_single_file(ours, origins)
-    del state["logit_scale"]
+    for name in ("logit_scale", "input_resolution", "context_length", "vocab_size"):
+        del state[name]
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def as_open_clip(model: CLIPModel, folder: Path, **changes: object) -> Path:
+    """A model of transformers in the files of open_clip, whose names are OpenAI's (proved above)."""
+    vision, text = model.config.vision_config, model.config.text_config
+    weights: dict[str, Tensor] = {"logit_scale": torch.tensor(4.6)}
+    for config, blocks in (
+        (configs.text_config(text.to_dict(), "", projected=True), keymap.openai_text_blocks),
+        (configs.vision_config(vision.to_dict(), ""), keymap.openai_image_blocks),
+    ):
+        kind = "text" if config.__class__.__name__.startswith("Text") else "vi"
+        ours = {
+            key: t
+            for key, t in model.state_dict().items()
+            if key.startswith(kind if kind == "text" else "vis")
+        }
+        origins = keymap.find_origins(ours, blocks(config), keymap.OPENAI_LAYERS, "")
+        weights |= keymap.to_single_file(ours, origins)
+    torch.save({key: t.clone() for key, t in weights.items()}, folder / "open_clip_pytorch_model.bin")
+    halves = {
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32},
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": text.vocab_size,
+            "width": 64,
+            "heads": 4,
+            "layers": 1,
+        },
+    }
+    pictures = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bicubic"}
+    described = {"model_cfg": {"embed_dim": 24, **halves, **changes}, "preprocess_cfg": pictures}
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
+    return folder / "open_clip_pytorch_model.bin"
+
+
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_open_clip(act: str, tmp_path: Path) -> None:
+    """Activation, heads, mean and std are those of its config; without a config it is refused."""
+    write_tokenizer(tmp_path)
+    vocab_size = len(json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")))
+    model = oracles.clip(vocab_size, hidden_act=act, num_attention_heads=2)
+    text = model.config.text_config.to_dict() | {"num_attention_heads": 4, "hidden_act": act}
+    other = CLIPModel(
+        CLIPConfig(projection_dim=24, text_config=text, vision_config=model.config.vision_config.to_dict())
+    )
+    other.load_state_dict(model.state_dict())
+    path = as_open_clip(other.eval(), tmp_path, **({"quick_gelu": True} if act == "quick_gelu" else {}))
+    images = [picture(40, 33), picture(32, 80)]
+    processor = Processor(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_mean=[0.5, 0.4, 0.3],
+        image_std=[0.5, 0.6, 0.7],
+    )
+    for place in (path, tmp_path):
+        scorer = Scorer.load(place, tokenizer=tmp_path)
+        with torch.no_grad():
+            pixels = processor(images, return_tensors="pt")["pixel_values"]
+            pictures = unit(other.get_image_features(pixel_values=pixels))
+            texts = unit(other.get_text_features(input_ids=scorer.tokenizer(TEXTS)))
+        compare.assert_parity({"images": (scorer.embed_images(images), pictures)})
+        compare.assert_parity({"texts": (scorer.embed_texts(TEXTS), texts)})
+    config = tmp_path / "open_clip_config.json"
+    raw = json.loads(config.read_text())
+    for changed in (
+        {"custom_text": True},
+        {"quick_gelu": "yes"},
+        {"vision_cfg": 3},
+        {"text_cfg": {"heads": 0}},
+    ):
+        config.write_text(json.dumps(raw | {"model_cfg": raw["model_cfg"] | changed}))
+        with pytest.raises(InputError, match=r"open_clip_config\.json"):
+            Scorer.load(path, tokenizer=tmp_path)
+    config.unlink()
+    with pytest.raises(
+        InputError, match=r"open_clip's, which compute differently; put open_clip_config\.json"
+    ):
+        Scorer.load(path, tokenizer=tmp_path)
+
+
+def test_processor_config_of_transformers_5(folder: Path, reference: CLIPModel, tmp_path: Path) -> None:
+    """Where the mean, std and sizes are now: inside of another file."""
+    new = copy(folder, tmp_path)
+    options = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+    options |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    processor = Processor(**options)
+    transformers.CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(new)
+    assert not (new / "preprocessor_config.json").exists()
+    image = picture(70, 90)
+    theirs = processor([image], return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(Scorer.load(new).preprocess(image), theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_openai_state_dict(half: bool, openai: OpenAI, folder: Path, tmp_path: Path) -> None:
     """Also in half precision, as published: 2^-11 off in each weight, a few times that in the output."""
-    state = {key: t.half() if half else t for key, t in openai.state_dict().items()}
-    state |= {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77)}
+    state = {key: t.half() if half and t.is_floating_point() else t for key, t in openai.state_dict().items()}
     torch.save(state, tmp_path / "ViT.pt")
     assert_is_openai(Scorer.load(tmp_path / "ViT.pt", tokenizer=folder), openai, 5e-3 if half else 1e-5)
 
@@ -403,7 +499,7 @@ def positions(folder: Path) -> None:
         (no_config, r"has neither an image_encoder nor CLIP's config\.json"),
         (not_a_clip, r"config\.json: describes no CLIPModel"),
         (no_tokenizer, r"comes without a tokenizer.*--clip-tokenizer PATH"),
-        (truncated, r"model\.safetensors: truncated or damaged"),
+        (truncated, r"model\.safetensors: is not a whole safetensors file, or is damaged"),
         (other_width, r"text_projection\.weight has shape \(24, 64\), the config asks for \(25, 64\)"),
         (positions, "32 positions, prompts are 77 tokens long"),
     ],
@@ -419,12 +515,13 @@ def test_bad_folders(damage: Callable[[Path], None], message: str, folder: Path,
 def test_an_image_encoder_in_another_space_is_refused(pair: Path, tmp_path: Path) -> None:
     """Some checkpoints have one whose output has nothing to do with their text encoder's."""
     other = copy(pair, tmp_path)
-    edit(other / "text_encoder" / "config.json", projection_dim=512)
-    with pytest.raises(InputError, match=r"text_encoder/config\.json: shares no space with pictures"):
-        Scorer.load(other)
-    edit(other / "text_encoder" / "config.json", projection_dim=32)
     shutil.rmtree(other / "image_encoder")
+    for width in (24, 32):  # even of the very width of the text encoder, as with SD 1.5 and IP-Adapters
+        oracles.image_encoder(projection_dim=width).save_pretrained(other / "image_encoder")
+        with pytest.raises(InputError, match=r"image_encoder/config\.json: shares no space with the text"):
+            Scorer.load(other)
     oracles.image_encoder(projection_dim=24).save_pretrained(other / "image_encoder")
+    edit(other / "image_encoder" / "config.json", shares_text_space=True)
     with pytest.raises(InputError, match="texts become 32 numbers and pictures 24"):
         Scorer.load(other)
 

@@ -27,6 +27,7 @@ VISION = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
     "projection_dim": CONTEXT,
+    "shares_text_space": True,  # minti's own key: texts end in this space, too, so it may judge pictures
 }
 VAE = {
     "_class_name": "AutoencoderKL",
