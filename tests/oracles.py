@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,23 @@ def save_folder(folder: Path, family: str = "sd1", prediction_type: str = "epsil
     return folder
 
 
+def to_single_file(
+    ours: Mapping[str, torch.Tensor], origins: Mapping[str, keymap.Origin]
+) -> dict[str, torch.Tensor]:
+    """The inverse of `keymap.to_ours`: our tensors under the names and in the forms of the single file."""
+    thirds: dict[str, dict[str, torch.Tensor]] = {}
+    theirs = {}
+    for name, origin in origins.items():
+        key, form, tensor = origin.key, origin.form, ours[name]
+        if form in keymap.THIRDS:
+            thirds.setdefault(key, {})[form] = tensor
+        elif form == "transposed":
+            theirs[key] = tensor.T
+        else:
+            theirs[key] = tensor[..., None, None] if form == "conv" else tensor
+    return theirs | {key: torch.cat([parts[form] for form in keymap.THIRDS]) for key, parts in thirds.items()}
+
+
 def single_file(sd: minti.StableDiffusion) -> dict[str, torch.Tensor]:
     """The weights of a loaded model under the names of a single file (`test_keymap.py` proves the names)."""
     openclip = sd.text_encoder.config.hidden_act == "gelu"
@@ -310,7 +328,7 @@ def single_file(sd: minti.StableDiffusion) -> dict[str, torch.Tensor]:
         (sd.text_encoder, text_blocks, text_layers, prefix),
     ):
         state = module.state_dict()
-        weights |= keymap.to_single_file(state, keymap.find_origins(state, *names))
+        weights |= to_single_file(state, keymap.find_origins(state, *names))
     if openclip:  # files hold a last block and a head, which Stable Diffusion 2 does not use
         first, n = f"{prefix}transformer.resblocks.0.", sd.text_encoder.config.num_hidden_layers
         for key in [key for key in weights if key.startswith(first)]:

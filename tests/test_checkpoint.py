@@ -143,7 +143,7 @@ def test_variant(models: dict, folder: Path) -> None:
     other = minti.load(folder, device="cpu", variant="fp16")
     assert torch.equal(other.unet.conv_in.weight, marks["unet"]["conv_in.weight"])
     assert torch.equal(other.vae.quant_conv.bias, marks["vae"]["quant_conv.bias"])
-    with pytest.raises(minti.InputError, match=r"no weights of variant 'bf16'.*model\.fp16\.safetensors"):
+    with pytest.raises(minti.InputError, match=r"no weights of variant 'bf16' in any part"):
         minti.load(folder, device="cpu", variant="bf16")
 
 
@@ -286,8 +286,8 @@ def test_single_file_with_objects_of_a_training_framework(
 def with_extras(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What training leaves beside the weights."""
     return weights | {
-        "betas": torch.ones(1000),
-        "alphas_cumprod": torch.ones(1000),
+        "betas": torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
+        "alphas_cumprod": Schedule(ScheduleConfig()).alphas_cumprod,
         "sqrt_one_minus_alphas_cumprod": torch.ones(1000),
         "posterior_log_variance_clipped": torch.ones(1000),
         "logvar": torch.zeros(1000),
@@ -393,8 +393,11 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    ("name", "hidden_act"),
+    # A UNet that projects with matrices is one of Stable Diffusion 2, whose text encoder has GELU.
+    [(name, act) for name in ODD for act in ("quick_gelu", "gelu") if act == "gelu" or "linear" not in name],
+)
 def test_odd_sizes_are_inferred_from_the_shapes(name: str, hidden_act: str, tmp_path: Path) -> None:
     unet, vae = ODD[name]
     words = read_tokenizer(

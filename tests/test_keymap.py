@@ -20,7 +20,7 @@ from minti.model.diffusion import Schedule
 from minti.model.unet import UNet
 from minti.model.vae import VAE
 
-from .oracles import UNET, UNETS, shared
+from .oracles import UNET, UNETS, shared, to_single_file
 from .oracles import VAE as SMALL_VAE
 
 PARTS = {
@@ -169,7 +169,7 @@ def test_single_file_to_ours_to_single_file_keeps_every_shape_at_full_size(
         stored = {o.key: torch.empty(tensors[o.key], device="meta") for o in part.origins.values()}
         ours = {key: keymap.to_ours(stored[o.key], o.form) for key, o in part.origins.items()}
         assert shapes(ours) == shapes(part.module.state_dict())
-        assert shapes(keymap.to_single_file(ours, part.origins)) == shapes(stored)
+        assert shapes(to_single_file(ours, part.origins)) == shapes(stored)
 
 
 def test_ema_names_of_the_published_file_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -195,7 +195,7 @@ def test_sdxl_single_file_is_covered_by_the_same_tables(part: str, prefix: str) 
     expected = {
         key: shape for key, shape in manifest("sdxl-base-compvis.json").items() if key.startswith(prefix)
     }
-    assert shapes(keymap.to_single_file(module.state_dict(), origins(module, prefix))) == expected
+    assert shapes(to_single_file(module.state_dict(), origins(module, prefix))) == expected
     infer_config = {"unet": infer.unet_config, "vae": infer.vae_config}[part]
     inferred = infer_config({key.removeprefix(prefix): shape for key, shape in expected.items()})
     # Not in the shapes: 0.13025, the latents' scale, and 128 latents, the trained size.
@@ -252,7 +252,7 @@ def test_unet_names_are_those_of_diffusers_converter(name: str) -> None:
     assert shapes(ours.state_dict()) == shapes(theirs.state_dict())
     state = random_state(ours)
     places = origins(ours, "model.diffusion_model.")
-    stored = keymap.to_single_file(state, places)
+    stored = to_single_file(state, places)
     converted = reference.convert_ldm_unet_checkpoint(stored, config=dict(theirs.config))
     assert converted.keys() == state.keys()
     assert all(torch.equal(converted[key], state[key]) for key in state)
@@ -291,7 +291,7 @@ def test_vae_names_are_those_of_diffusers_converter(options: dict) -> None:
         ours = VAE(config)
     assert shapes(ours.state_dict()) == shapes(theirs.state_dict())
     state = random_state(ours)
-    stored = keymap.to_single_file(state, origins(ours, "first_stage_model."))
+    stored = to_single_file(state, origins(ours, "first_stage_model."))
     converted = reference.convert_ldm_vae_checkpoint(dict(stored), config=dict(theirs.config))
     assert converted.keys() == state.keys()
     assert all(torch.equal(converted[key], state[key]) for key in state)
@@ -319,7 +319,7 @@ def test_openclip_names_are_those_of_diffusers_converter() -> None:
         )
         ours = CLIPTextModel(config)
     state = random_state(ours)
-    stored = keymap.to_single_file(state, origins(ours, "cond_stage_model.model."))
+    stored = to_single_file(state, origins(ours, "cond_stage_model.model."))
     config = types.SimpleNamespace(config=types.SimpleNamespace(hidden_size=TEXT["hidden_size"]))
     converted = reference.convert_open_clip_checkpoint(config, dict(stored))
     assert converted.keys() == state.keys()

@@ -312,7 +312,7 @@ def test_openai_names_both_ways(openai: OpenAI, folder: Path, tmp_path: Path) ->
     ):
         ours = module.state_dict()
         origins = keymap.find_origins(ours, blocks(module.config), keymap.OPENAI_LAYERS, "")
-        found |= keymap.to_single_file(ours, origins)
+        found |= oracles.to_single_file(ours, origins)
     for name in ("logit_scale", "input_resolution", "context_length", "vocab_size"):
         del state[name]
     assert found.keys() == state.keys()
@@ -334,7 +334,7 @@ def as_open_clip(model: CLIPModel, folder: Path, **changes: object) -> Path:
             if key.startswith(kind if kind == "text" else "vis")
         }
         origins = keymap.find_origins(ours, blocks(config), keymap.OPENAI_LAYERS, "")
-        weights |= keymap.to_single_file(ours, origins)
+        weights |= oracles.to_single_file(ours, origins)
     torch.save({key: t.clone() for key, t in weights.items()}, folder / "open_clip_pytorch_model.bin")
     halves = {
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32},

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.clip import CLIPTextModel
-from ..model.config import TextConfig, VisionConfig
+from ..model.config import TextConfig
 from ..model.image_encoder import CLIPVisionModel
 from ..model.tokenizer import PROMPT_LENGTH, Tokenizer
 from . import configs, shapes_to_config
 from .checkpoint import find_tokenizer
 from .folder import current_snapshot, find_weights, folder_part
-from .json_checks import REQUIRED, Table, each, flag, one_of, read_json, read_keys, real, whole
+from .json_checks import REQUIRED, Check, Table, each, flag, read_json, read_keys, real, whole
 from .keymap import OPENAI_LAYERS, Origin, find_origins, openai_image_blocks, openai_text_blocks
 from .kinds import kind_of_keys
 from .load_plan import PartPlan, refuse_problems, unclaimed_keys
@@ -34,6 +34,12 @@ from .weightfile import WeightFile
 
 # Of the pixels of CLIP's training pictures, in red, green and blue.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Where it is written how pictures were prepared, and in which section of the file.
+SETTINGS = {
+    "preprocessor_config.json": None,
+    "processor_config.json": "image_processor",  # of transformers 5
+    "open_clip_config.json": "preprocess_cfg",
+}
 
 
 @dataclass(frozen=True)
@@ -53,33 +59,29 @@ class Preprocess:
 
     @classmethod
     def read(cls, folder: Path, image_size: int) -> Preprocess:
-        """From the `preprocessor_config.json` of a folder, or the `processor_config.json` of transformers 5.
-
-        Without either, as CLIP does it.
-        """
-        raw: Any = {}
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            if (folder / name).is_file():
-                raw = read_json(folder / name)
-                raw = raw.get("image_processor", {} if name.startswith("processor") else raw)
-                break
-        steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+        """From the config in a folder that describes it (`SETTINGS`); without one, as CLIP does it."""
+        name = next((name for name in SETTINGS if (folder / name).is_file()), None)
+        if name is None:
+            return cls(image_size, image_size)
+        raw = read_json(folder / name)
         with naming(folder / name, "the config of a CLIP's image processor"):
+            raw = raw.get(SETTINGS[name], {}) if SETTINGS[name] else raw
             resize, crop = raw.get("size", image_size), raw.get("crop_size", image_size)
             resize = resize.get("shortest_edge") if isinstance(resize, dict) else resize
             crop = crop.get("height") if isinstance(crop, dict) else crop
             three = each(real(-1e3, 1e3), 3)
-            mean, std = three(raw.get("image_mean", MEAN)), three(raw.get("image_std", STD))
-        if (
-            any(raw.get(step, True) is not True for step in steps)
-            or raw.get("resample", 3) != 3
-            or abs(raw.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6
-            or type(resize) is not int
-            or crop != image_size
-            or not crop <= resize <= 16 * crop
-            or not len(mean) == len(std) == 3
-            or 0 in std
-        ):
+            mean = three(raw.get("image_mean", raw.get("mean", MEAN)))
+            std = three(raw.get("image_std", raw.get("std", STD)))
+            steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+            usual = (
+                all(raw.get(step, True) is True for step in steps)
+                and (raw.get("resample", 3), raw.get("interpolation", "bicubic")) == (3, "bicubic")
+                and (raw.get("resize_mode", "shortest"), raw.get("mode", "RGB")) == ("shortest", "RGB")
+                and abs(raw.get("rescale_factor", 1 / 255) - 1 / 255) < 1e-6
+                and (type(resize), len(mean), len(std), 0 in std) == (int, 3, 3, False)
+                and crop == image_size <= resize <= 16 * crop
+            )
+        if not usual:
             raise InputError(
                 f"{folder / name}: asks for something else than a bicubic resize of the shorter side to at "
                 f"least {image_size} pixels, the middle of them, and a mean and a std for each colour"
@@ -123,7 +125,6 @@ def load_clip(path: str | Path, *, device: torch.device, tokenizer: str | Path |
     """
     path = current_snapshot(Path(path))
     folder = path if path.is_dir() else path.parent
-    settings = Preprocess()
     if not path.exists() and not path.is_symlink():
         raise InputError(f"{path}: does not exist; give the folder or file of a CLIP")
     if (path / "image_encoder").is_dir():
@@ -137,7 +138,7 @@ def load_clip(path: str | Path, *, device: torch.device, tokenizer: str | Path |
             "--clip (`python tools/download.py clip-b32 weights/clip-b32` gets one)"
         )
     else:
-        text, image, unexpected, settings = _plan_file(path)
+        text, image, unexpected = _plan_file(path)
     config: TextConfig = text.module.config
     width = config.projection_dim or config.hidden_size
     problems = [*text.problems(), *image.problems(), *(f"unexpected key {key}" for key in unexpected)]
@@ -148,11 +149,9 @@ def load_clip(path: str | Path, *, device: torch.device, tokenizer: str | Path |
             f"{config.max_position_embeddings} positions, prompts are {PROMPT_LENGTH} tokens long"
         )
     refuse_problems(path, problems)
-    size = image.module.config.image_size
-    stored = Preprocess.read(folder, size)
     return ClipParts(
         tokenizer=find_tokenizer(path, config, tokenizer, flag="--clip-tokenizer"),
-        preprocess=replace(settings, resize=size, crop=size) if settings != Preprocess() else stored,
+        preprocess=Preprocess.read(folder, image.module.config.image_size),
         text_encoder=text.load(torch.float32, device),
         image_encoder=image.load(torch.float32, device),
     )
@@ -203,32 +202,22 @@ def _plan_transformers(path: Path) -> Planned:
     return *parts, unclaimed_keys(parts)
 
 
-# `open_clip_config.json`: the model, each of its halves, and how its pictures were prepared.
-SHAPES = ("layers", "width", "patch_size", "image_size", "context_length", "vocab_size", "mlp_ratio")
+# `model_cfg` of open_clip_config.json, and its halves; the weights tell the sizes, too.
+ANY: Check = lambda value: value  # noqa: E731
+SIZES = ("layers", "width", "patch_size", "image_size", "context_length", "vocab_size", "mlp_ratio")
 OPEN_CLIP: Table = {
-    "embed_dim": (REQUIRED, whole(1, configs.WIDTH)),
+    "embed_dim": (None, ANY),
     "quick_gelu": (False, flag),
-    "vision_cfg": (REQUIRED, lambda value: value),
-    "text_cfg": (REQUIRED, lambda value: value),
+    "vision_cfg": (REQUIRED, ANY),
+    "text_cfg": (REQUIRED, ANY),
 }
-OPEN_CLIP_HALF: Table = {
-    key: (None, lambda value: value) for key in SHAPES
-} | {  # which the weights tell, too
+OPEN_CLIP_HALF: Table = {key: (None, ANY) for key in SIZES} | {
     "heads": (8, whole(1, configs.WIDTH)),
     "head_width": (64, whole(1, configs.WIDTH)),
 }
-OPEN_CLIP_PICTURES: Table = {
-    "mean": (MEAN, each(real(-1e3, 1e3), 3)),
-    "std": (STD, each(real(0, 1e3), 3)),
-    "interpolation": ("bicubic", one_of("bicubic")),
-    "resize_mode": ("shortest", one_of("shortest")),
-    "mode": ("RGB", one_of("RGB")),
-    "size": (None, lambda value: value),
-    "fill_color": (0, lambda value: value),
-}
 
 
-def _plan_file(path: Path) -> tuple[PartPlan, PartPlan, list[str], Preprocess]:
+def _plan_file(path: Path) -> Planned:
     """A file of OpenAI's, which says all sizes, or one of open_clip, whose config says the rest."""
     source = (path if path.is_dir() else path.parent) / "open_clip_config.json"
     if path.is_dir():
@@ -242,45 +231,31 @@ def _plan_file(path: Path) -> tuple[PartPlan, PartPlan, list[str], Preprocess]:
         )
     if "visual.proj" not in file.shapes and (kind := kind_of_keys(file.shapes)):
         raise InputError(f"{path}: is not a CLIP; it seems to be {kind}")
-    sizes = {"input_resolution", "context_length", "vocab_size"}  # numbers of OpenAI's program, as tensors
-    settings = Preprocess()
+    constants = {"input_resolution", "context_length", "vocab_size"}  # of OpenAI's program, as tensors
     with naming(path, "a whole CLIP model"), torch.device("meta"):
-        text_config = shapes_to_config.openai_text_config(file.shapes)
-        vision_config = shapes_to_config.openai_vision_config(file.shapes)
-    if source.is_file():
-        text_config, vision_config, settings = _read_open_clip(source, text_config, vision_config)
-    elif not (file.is_script or sizes <= file.shapes.keys()):
-        raise InputError(
-            f"{path}: may be OpenAI's or open_clip's, which compute differently; put open_clip_config.json "
-            "beside it, or use OpenAI's own file, or the folder of a transformers CLIPModel"
+        text = shapes_to_config.openai_text_config(file.shapes)
+        vision = shapes_to_config.openai_vision_config(file.shapes)
+        if source.is_file():
+            with naming(source, "the config of an open_clip model"):
+                # What shapes do not tell: the activation and the number of heads.
+                model = read_keys(read_json(source)["model_cfg"], OPEN_CLIP, str(source))
+                seen = read_keys(model["vision_cfg"], OPEN_CLIP_HALF, str(source))
+                read = read_keys(model["text_cfg"], OPEN_CLIP_HALF, str(source))
+                act = "quick_gelu" if model["quick_gelu"] else "gelu"
+                heads = vision.hidden_size // seen["head_width"]
+                text = replace(text, hidden_act=act, num_attention_heads=read["heads"])
+                vision = replace(vision, hidden_act=act, num_attention_heads=heads)
+        elif not (file.is_script or constants <= file.shapes.keys()):
+            raise InputError(
+                f"{path}: may be OpenAI's or open_clip's, which compute differently; put "
+                "open_clip_config.json beside it, or use OpenAI's own file, or a transformers folder"
+            )
+        pairs = (
+            (CLIPTextModel(text), openai_text_blocks(text)),
+            (CLIPVisionModel(vision), openai_image_blocks(vision)),
         )
-    with naming(path, "a whole CLIP model"), torch.device("meta"):
-        text, image = CLIPTextModel(text_config), CLIPVisionModel(vision_config)
     parts = [
         PartPlan(module, find_origins(module.state_dict(), blocks, OPENAI_LAYERS, ""), [file])
-        for module, blocks in (
-            (text, openai_text_blocks(text.config)),
-            (image, openai_image_blocks(image.config)),
-        )
+        for module, blocks in pairs
     ]
-    return *parts, [k for k in unclaimed_keys(parts) if not file.is_script and k not in sizes], settings
-
-
-def _read_open_clip(
-    source: Path, text: TextConfig, vision: VisionConfig
-) -> tuple[TextConfig, VisionConfig, Preprocess]:
-    """What the shapes do not tell: the activation, the number of heads, the mean and std of pictures."""
-    raw = read_json(source)
-    with naming(source, "the config of an open_clip model"):
-        model = read_keys(raw["model_cfg"], OPEN_CLIP, str(source))
-        halves = {
-            name: read_keys(model[f"{name}_cfg"], OPEN_CLIP_HALF, str(source)) for name in ("text", "vision")
-        }
-        pictures = read_keys(raw.get("preprocess_cfg") or {}, OPEN_CLIP_PICTURES, str(source))
-        act = "quick_gelu" if model["quick_gelu"] else "gelu"
-        heads = vision.hidden_size // halves["vision"]["head_width"]
-        return (
-            replace(text, hidden_act=act, num_attention_heads=halves["text"]["heads"]),
-            replace(vision, hidden_act=act, num_attention_heads=heads),
-            Preprocess(mean=pictures["mean"], std=pictures["std"]),
-        )
+    return *parts, [k for k in unclaimed_keys(parts) if not file.is_script and k not in constants]

@@ -7,7 +7,7 @@ it implements one value. Names and defaults are those of diffusers and transform
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import InputError
 from ..model.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
@@ -25,6 +25,7 @@ from .json_checks import (
     whole,
 )
 
+Config = TypeVar("Config")
 # No public model comes near these; they keep a damaged config from building a module for hours.
 WIDTH, LAYERS, LEVELS, VOCABULARY = 2**16, 256, 8, 2**20
 
@@ -137,23 +138,19 @@ def per_level(values: Mapping[str, Any], key: str, levels: int, source: str) -> 
 def text_config(raw: Mapping[str, Any], source: str, *, projected: bool = False) -> TextConfig:
     """The config of a CLIPTextModel or CLIPTextModelWithProjection; of a CLIPModel's half if `projected`."""
     values = read_keys(raw, TEXT, source)
-    names = values.pop("architectures") or ()
-    del values["model_type"]
     if values["eos_token_id"] == 2:
         # The published configs say 2, which is no end token at all: CLIP's is the last of its 49,408.
         values["eos_token_id"] = min(values["vocab_size"], 49408) - 1
     if values["eos_token_id"] >= values["vocab_size"]:
         raise InputError(f"{source}: eos_token_id = {values['eos_token_id']} is no id of the vocabulary")
-    if not (projected or any("WithProjection" in name for name in names)):
+    if not (projected or any("WithProjection" in name for name in values["architectures"] or ())):
         values["projection_dim"] = None
-    return TextConfig(**values)
+    return _same_names(TextConfig, values)
 
 
 def vision_config(raw: Mapping[str, Any], source: str) -> VisionConfig:
     """The config of a CLIPVisionModelWithProjection."""
-    values = read_keys(raw, VISION, source)
-    ours = VisionConfig.__dataclass_fields__
-    return VisionConfig(**{key: value for key, value in values.items() if key in ours})
+    return _same_names(VisionConfig, read_keys(raw, VISION, source))
 
 
 def unet_config(raw: Mapping[str, Any], source: str) -> UNetConfig:
@@ -169,40 +166,31 @@ def unet_config(raw: Mapping[str, Any], source: str) -> UNetConfig:
     layers = per_level(values, "layers_per_block", len(channels), source)
     if len(set(layers)) > 1:
         raise InputError(f"{source}: layers_per_block = {list(layers)} should be the same for each level")
-    sized = values["addition_embed_type"] == "text_time"
-    same = (
-        "in_channels",
-        "out_channels",
-        "block_out_channels",
-        "cross_attention_dim",
-        "norm_num_groups",
-        "norm_eps",
-    )
-    return UNetConfig(
-        **{key: values[key] for key in same},
+    if values["addition_embed_type"] is None:
+        values |= {"addition_time_embed_dim": None, "projection_class_embeddings_input_dim": None}
+    return _same_names(
+        UNetConfig,
+        values,
         layers_per_block=layers[0],
         transformer_depth=tuple(d if has else 0 for d, has in zip(depth, attended, strict=True)),
         mid_depth=depth[-1] if values["mid_block_type"] else None,
         num_attention_heads=per_level(values, "attention_head_dim", len(channels), source),
         use_linear_projection=bool(values["use_linear_projection"]),
         upcast_attention=bool(values["upcast_attention"]),
-        addition_time_embed_dim=values["addition_time_embed_dim"] if sized else None,
-        projection_class_embeddings_input_dim=(
-            values["projection_class_embeddings_input_dim"] if sized else None
-        ),
         sample_size=per_level({"sample_size": values["sample_size"] or 64}, "sample_size", 2, source),
     )
 
 
 def vae_config(raw: Mapping[str, Any], source: str) -> VAEConfig:
     """The config of an AutoencoderKL."""
-    values = read_keys(raw, VAE, source)
-    ours = VAEConfig.__dataclass_fields__
-    return VAEConfig(**{key: value for key, value in values.items() if key in ours})
+    return _same_names(VAEConfig, read_keys(raw, VAE, source))
 
 
 def schedule_config(raw: Mapping[str, Any], source: str) -> ScheduleConfig:
     """The config of a scheduler; keys it leaves out take the defaults of diffusers' DDIMScheduler."""
-    values = read_keys(raw, SCHEDULE, source)
-    ours = ScheduleConfig.__dataclass_fields__
-    return ScheduleConfig(**{key: value for key, value in values.items() if key in ours})
+    return _same_names(ScheduleConfig, read_keys(raw, SCHEDULE, source))
+
+
+def _same_names(kind: type[Config], values: Mapping[str, Any], **others: Any) -> Config:
+    """A dataclass from the keys that are called like its fields, and from others."""
+    return kind(**{key: value for key, value in values.items() if key in kind.__dataclass_fields__} | others)

@@ -60,8 +60,7 @@ def plan_folder(path: Path, variant: str | None, vae: PartPlan | None = None) ->
             parts[name] = vae
             continue
         parts[name] = folder_part(path / name, config, module, stem, variant)
-        used = find_weights(path / name, stem, variant)[1]
-        chosen.add(used)
+        chosen.add(used := find_weights(path / name, stem, variant)[1])
         if used != (variant or ""):
             notes.append(f"{name}: no {variant or 'plain'} weights, using {parts[name].files[0].path.name}")
     if variant and variant not in chosen:

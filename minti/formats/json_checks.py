@@ -42,23 +42,21 @@ HARMLESS = frozenset(f"{BOOKKEEPING} {SAMPLING}".split())
 
 
 def whole(low: int, high: int) -> Check:
-    """A whole number of a range."""
-
-    def check(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"a whole number from {low} to {high}")
-        return value
-
-    return check
+    """A whole number from `low` to `high`."""
+    return _number(lambda v: type(v) is int and low <= v <= high, f"whole numbers {low} to {high}")
 
 
 def real(low: float, high: float) -> Check:
-    """A number between two others, which are excluded; so are NaN and infinity."""
+    """A number between `low` and `high`, which are excluded; so are NaN and infinity."""
+    kinds = (int, float)
+    return _number(lambda v: type(v) in kinds and low < v < high, f"numbers between {low:g} and {high:g}")
 
-    def check(value: Any) -> float:
-        if type(value) not in (int, float) or not low < value < high:
-            raise ValueError(f"a number between {low:g} and {high:g}")
-        return float(value)
+
+def _number(fits: Callable[[Any], bool], expected: str) -> Check:
+    def check(value: Any) -> Any:
+        if not fits(value):
+            raise ValueError(expected)
+        return value
 
     return check
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..model.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
@@ -41,27 +40,11 @@ def stored_shapes(ours: tuple[int, ...], form: str) -> list[tuple[int, ...]]:
 def to_ours(tensor: Tensor, form: str) -> Tensor:
     """The stored tensor in the form we keep it."""
     if form in THIRDS:
-        return tensor.chunk(3)[
-            THIRDS[form]
-        ]  # (3D, ...) -> (D, ...): queries, keys and values were one matrix
+        # (3D, ...) -> (D, ...): queries, keys and values were one matrix
+        return tensor.chunk(3)[THIRDS[form]]
     if form == "conv":
         return tensor.flatten(1)  # (out, in, 1, 1) -> (out, in); a few files have (out, in) already
     return tensor.T if form == "transposed" else tensor
-
-
-def to_single_file(ours: Mapping[str, Tensor], origins: Mapping[str, Origin]) -> dict[str, Tensor]:
-    """The inverse: our tensors under the names and in the forms of the single file."""
-    thirds: dict[str, dict[str, Tensor]] = {}
-    theirs = {}
-    for name, origin in origins.items():
-        key, form, tensor = origin.key, origin.form, ours[name]
-        if form in THIRDS:
-            thirds.setdefault(key, {})[form] = tensor
-        elif form == "transposed":
-            theirs[key] = tensor.T
-        else:
-            theirs[key] = tensor[..., None, None] if form == "conv" else tensor
-    return theirs | {key: torch.cat([parts[form] for form in THIRDS]) for key, parts in thirds.items()}
 
 
 UNET_LAYERS = {
@@ -107,14 +90,12 @@ def unet_blocks(config: UNetConfig) -> dict[str, str]:
 VAE_LAYERS = {
     "conv_shortcut.": ("nin_shortcut.", "same"),
     "group_norm.": ("norm.", "same"),
-    **{
-        f"{ours}.bias": (f"{theirs}.bias", "same")
-        for ours, theirs in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"))
-    },
-    **{
-        f"{ours}.weight": (f"{theirs}.weight", "conv")
-        for ours, theirs in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"))
-    },
+    "to_q.bias": ("q.bias", "same"),
+    "to_k.bias": ("k.bias", "same"),
+    "to_v.bias": ("v.bias", "same"),
+    "to_q.weight": ("q.weight", "conv"),
+    "to_k.weight": ("k.weight", "conv"),
+    "to_v.weight": ("v.weight", "conv"),
     "to_out.0.bias": ("proj_out.bias", "same"),
     "to_out.0.weight": ("proj_out.weight", "conv"),
 }

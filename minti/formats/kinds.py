@@ -47,14 +47,20 @@ HEADS = (
     (b"\x89PNG", "a PNG picture, not weights"),
     (b"\xff\xd8\xff", "a JPEG picture, not weights"),
 )
-# From the end of its name, for formats that have no mark of their own.
-ENDINGS = {
-    ".onnx": "an ONNX file, of a program; get the model as safetensors",
-    ".msgpack": "a file of Flax; get the model as safetensors",
-    ".aria2": "the note of an unfinished download; finish it",
-    ".part": "an unfinished download; finish it",
-    ".crdownload": "an unfinished download; finish it",
-    ".incomplete": "an unfinished download; finish it",
+# From its name, for formats that have no mark of their own.
+NAMES = (
+    (r"\.onnx$", "an ONNX file, of a program; get the model as safetensors"),
+    (r"\.msgpack$", "a file of Flax; get the model as safetensors"),
+    (r"\.(aria2|part|crdownload|incomplete)$", "an unfinished download; finish it"),
+    (r"\.index\.json$", "the list of a model's pieces; give the folder that holds them"),
+)
+# From what a folder holds instead of weights that minti reads.
+FOLDERS = {
+    "openvino_model.xml": "OpenVINO's programs",
+    "*.onnx": "ONNX programs",
+    "*.msgpack": "weights of Flax",
+    "*.h5": "weights of TensorFlow",
+    "*.gguf": "gguf files",
 }
 
 
@@ -66,33 +72,18 @@ def kind_of_keys(keys: Iterable[str]) -> str:
 
 def kind_of_head(path: Path, head: bytes) -> str:
     """What a file that is neither safetensors nor of torch seems to be, as the rest of a message."""
-    kinds = [kind for magic, kind in HEADS if head.startswith(magic)]
-    kinds += [kind for ending, kind in ENDINGS.items() if path.name.lower().endswith(ending)]
     start = head.lstrip().lower()
+    kinds = [kind for magic, kind in HEADS if head.startswith(magic)]
+    kinds += [kind for pattern, kind in NAMES if re.search(pattern, path.name.lower())]
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         kinds.append("a web page, not the weights; use the site's download link")
-    if path.name.endswith(".index.json"):
-        kinds.append("the list of a model's pieces; give the folder that holds them")
     if start.startswith((b"{", b"[")):
         kinds.append("JSON, not weights (an answer of the site, or a config); give the folder it describes")
-    if not head:
-        kinds.append("empty; download it again")
-    return (
-        f"is {kinds[0]}"
-        if kinds
-        else ("is neither safetensors nor a PyTorch file, or is damaged; download it again")
-    )
+    unknown = "neither safetensors nor a PyTorch file, or is damaged; download it again"
+    return f"is {[*kinds, unknown][0] if head else 'empty; download it again'}"
 
 
 def kind_of_folder(path: Path) -> str:
     """What a folder without weights that minti reads holds instead, as the rest of a message."""
-    for pattern, kind in (
-        ("openvino_model.xml", "OpenVINO's programs"),
-        ("*.onnx", "ONNX programs"),
-        ("*.msgpack", "weights of Flax"),
-        ("*.h5", "weights of TensorFlow"),
-        ("*.gguf", "gguf files"),
-    ):
-        if next(path.glob(f"**/{pattern}"), None):
-            return f"it holds {kind}; get the model as safetensors"
-    return "download the whole folder"
+    kinds = [kind for pattern, kind in FOLDERS.items() if next(path.glob(f"**/{pattern}"), None)]
+    return f"it holds {kinds[0]}; get the model as safetensors" if kinds else "download the whole folder"

@@ -32,19 +32,9 @@ PICKLE_LIMIT = 256 * 2**20  # bytes of `data.pkl`; that of Stable Diffusion has 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 Storage = Callable[[str, torch.dtype, int], Tensor]  # key, dtype, number of elements -> (n,)
 
-DTYPES = {
-    "Float": torch.float32,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Double": torch.float64,
-    "Long": torch.int64,
-    "Int": torch.int32,
-    "Short": torch.int16,
-    "Char": torch.int8,
-    "Byte": torch.uint8,
-    "Bool": torch.bool,
-    "Untyped": torch.uint8,
-}
+DTYPES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64}
+DTYPES |= {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8}
+DTYPES |= {"Byte": torch.uint8, "Bool": torch.bool, "Untyped": torch.uint8}
 
 
 class Sealed(type):
@@ -75,14 +65,8 @@ class Inert(metaclass=Sealed):
     __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
-class Ordered(dict, metaclass=Sealed):
-    """Stands for OrderedDict, without the attributes that torch puts on the state of a module."""
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-class Parameters(dict, metaclass=Sealed):
-    """Stands for a ParameterDict or ParameterList of torch: a dictionary of the tensors in it."""
+class Dictionary(dict, metaclass=Sealed):
+    """Stands for OrderedDict, and for torch's ParameterDict and ParameterList, whose tensors it takes."""
 
     def __setstate__(self, state: Any) -> None:
         parameters = state.get("_parameters") if isinstance(state, dict) else None
@@ -123,23 +107,16 @@ def _strided(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> T
     return storage.as_strided(size, stride, offset)
 
 
-def _strided_v3(
-    storage: Tensor, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
-):
-    return _strided(storage.view(dtype), offset, size, stride)
-
-
-NAMES: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): Ordered,
-    ("torch._utils", "_rebuild_tensor"): sealed(_strided),
-    ("torch._utils", "_rebuild_tensor_v2"): sealed(_strided),
-    ("torch._utils", "_rebuild_tensor_v3"): sealed(_strided_v3),
-    ("torch._utils", "_rebuild_parameter"): sealed(lambda data, *_: data),
-    ("torch._utils", "_rebuild_parameter_with_state"): sealed(lambda data, *_: data),
-    ("torch._tensor", "_rebuild_from_type_v2"): sealed(lambda function, kind, args, *_: function(*args)),
-    ("torch", "Size"): sealed(lambda size=(): tuple(size)),
-    ("torch.nn.modules.container", "ParameterDict"): Parameters,
-    ("torch.nn.modules.container", "ParameterList"): Parameters,
+NAMES = {
+    "collections.OrderedDict": Dictionary,
+    "torch.nn.modules.container.ParameterDict": Dictionary,
+    "torch.nn.modules.container.ParameterList": Dictionary,
+    "torch._utils._rebuild_tensor": sealed(_strided),
+    "torch._utils._rebuild_tensor_v2": sealed(_strided),
+    "torch._utils._rebuild_parameter": sealed(lambda data, *_: data),
+    "torch._utils._rebuild_parameter_with_state": sealed(lambda data, *_: data),
+    "torch._tensor._rebuild_from_type_v2": sealed(lambda function, kind, args, *_: function(*args)),
+    "torch.Size": sealed(lambda size=(): tuple(size)),
 }
 STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 SUSPECT = "os posix nt subprocess sys shutil io _io socket pty runpy importlib ctypes"
@@ -164,9 +141,7 @@ class Unpickler(pickle._Unpickler):
             return Module
         if module in STORAGE_MODULES and name.removesuffix("Storage") in DTYPES:
             return DTYPES[name.removesuffix("Storage")]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return NAMES.get((module, name), Inert)
+        return NAMES.get(f"{module}.{name}", Inert)
 
     def persistent_load(self, pid: Any) -> Any:
         kind, dtype, key, *rest = pid

@@ -43,14 +43,10 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 @contextmanager
 def naming(path: Path | str, what: str) -> Iterator[None]:
-    """Turn any exception of the body into an InputError that names the file.
+    """Turn any exception of the body into an InputError that names the file, and `what` it should be.
 
     Damaged or hostile files make their readers fail in any way whatever, so every class of exception is
     caught, except those that say nothing about the file (lack of memory, an interruption).
-
-    Args:
-        path: the file that is being read.
-        what: a noun phrase for what the file should be.
     """
     try:
         yield
