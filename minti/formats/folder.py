@@ -81,8 +81,7 @@ def current_snapshot(path: Path) -> Path:
     folders = [p for p in (path / "snapshots").iterdir() if p.is_dir()]
     main = path / "refs" / "main"
     name = read_bytes(main, 1000).decode(errors="replace").strip() if main.is_file() else ""
-    by_age = sorted(folders, key=lambda p: (p.name == name, p.stat().st_mtime))
-    return by_age[-1] if by_age else path
+    return max(folders, key=lambda p: (p.name == name, p.stat().st_mtime), default=path)
 
 
 def folder_part(

@@ -118,7 +118,6 @@ NAMES = {
     "torch._tensor._rebuild_from_type_v2": sealed(lambda function, kind, args, *_: function(*args)),
     "torch.Size": sealed(lambda size=(): tuple(size)),
 }
-STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 SUSPECT = "os posix nt subprocess sys shutil io _io socket pty runpy importlib ctypes"
 SUSPECT_BUILTINS = "eval exec compile open getattr setattr __import__ breakpoint input"
 
@@ -139,7 +138,7 @@ class Unpickler(pickle._Unpickler):
             )
         if module.partition(".")[0] == "__torch__":
             return Module
-        if module in STORAGE_MODULES and name.removesuffix("Storage") in DTYPES:
+        if module.partition(".")[0] == "torch" and name.removesuffix("Storage") in DTYPES:
             return DTYPES[name.removesuffix("Storage")]
         return NAMES.get(f"{module}.{name}", Inert)
 

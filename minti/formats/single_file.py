@@ -68,13 +68,12 @@ def plan_single_file(path: Path, ema: bool, vae: PartPlan | None = None) -> Chec
         text = _plan_text(file, text_prefix, is_sd2)
         blocks = unet_blocks(unet.config)
     unet_part = PartPlan(unet, find_origins(unet.state_dict(), blocks, UNET_LAYERS, UNET_PREFIX), [file])
-    own_vae = vae or _plan_vae_in(file, VAE_PREFIX)
     if vae:
         text.ignored += f"|{re.escape(VAE_PREFIX)}.*"
     plan = CheckpointPlan(
         path,
         "single file",
-        {"text_encoder": text, "unet": unet_part, "vae": own_vae},
+        {"text_encoder": text, "unet": unet_part, "vae": vae or _plan_vae_in(file, VAE_PREFIX)},
         ScheduleConfig(),
         pad="!" if is_sd2 else END,
     )
@@ -165,8 +164,7 @@ def _choose_ema(plan: CheckpointPlan, file: WeightFile, ema: bool) -> None:
 # The noise schedule and what the UNet predicts ---
 
 MARKERS = {"v_pred", "ztsnr"}  # empty tensors of fine-tunes: predicts v; no signal is left at the last time
-KINDS = {"v": "v_prediction", "eps": "epsilon", "x0": "sample", "epsilon": "epsilon"}
-KINDS |= {kind: kind for kind in ("v_prediction", "sample")}
+KINDS = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"}
 YAML = {  # of the training code's config, which calls "linear" what diffusers calls "scaled_linear"
     "parameterization": ("eps", one_of("eps", "v", "x0")),
     "linear_start": (0.00085, real(0, 1)),
@@ -193,8 +191,9 @@ def _read_schedule(plan: CheckpointPlan, file: WeightFile, ask: bool) -> None:
             num_train_timesteps=values["timesteps"],
         )
     meta = file.metadata
-    if kind := KINDS.get(meta.get("modelspec.prediction_type", "")):
-        told.append((kind, "its metadata says"))
+    kind = meta.get("modelspec.prediction_type", "").removesuffix("_prediction").replace("epsilon", "eps")
+    if kind in KINDS:
+        told.append((KINDS[kind], "its metadata says"))
     if meta.get("ss_v_parameterization") == "True":
         told.append(("v_prediction", "its metadata says"))
     if "v_pred" in file.shapes:

@@ -29,7 +29,7 @@ def read_tokenizer(path: str | Path, pad: str | None = None) -> Tokenizer:
     if not path.is_dir():
         with naming(check_regular(path), "OpenAI's bpe_simple_vocab_16e6.txt.gz"):
             return Tokenizer(*_read_openai_vocabulary(path), pad=pad or END, source=str(path))
-    source, added = path / "tokenizer.json", {}
+    source = path / "tokenizer.json"
     if (path / "vocab.json").is_file():
         vocab: Any = read_json(path / "vocab.json")
         source = path / "merges.txt"
