@@ -1,4 +1,4 @@
-"""python -m minti.evaluate: how close a learned word comes to its photos, and how well it takes prompts."""
+"""python -m minti.evaluate: how close a learned word comes to its photos, and how well it follows prompts."""
 
 from __future__ import annotations
 
@@ -8,30 +8,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli.command import run_command
+from .cli.model_options import load_model
 from .cli.options import Options, number, size
 from .cli.processes import Processes
 from .cli.work_folder import WorkFolder
 from .errors import InputError
 from .formats.atomic import write_atomically
+from .formats.checkpoint import choose_device
+from .formats.concept import Concept
 from .formats.photos import load_photos
 from .judge.benchmark import Benchmark, Evaluation, best, with_tradeoffs
-from .judge.evaluation_plan import Plan, find_words, plan_generation, plan_samples
-from .judge.picture_jobs import Store, file_name, make_all
-from .judge.results import plot, report, table, write_sheet
+from .judge.evaluation_plan import (
+    EvaluationPlan,
+    Subject,
+    add_words,
+    choose_prompts,
+    find_words,
+    list_name,
+    plan_generation,
+    plan_samples,
+)
+from .judge.picture_jobs import PictureStore, Protocol, file_name, make_all
+from .judge.prompts import decode_text
+from .judge.results import plot, report, score_table, write_sheet
+from .judge.scorer import Scorer, choose_clip
 from .runs.verdict import Run
+from .version import __version__
 
 log = logging.getLogger(__name__)
 
-
-# Between a run and its continuation.
-MAY_DIFFER = ("out", "overwrite", "device", "batch_size", "compile", "attention")
+MAY_DIFFER = ("out", "device", "batch_size", "compile", "attention")  # when an evaluation is continued
 OF_A_RUN = ("checkpoint", "images", "tokenizer", "variant", "ema", "prediction_type", "size")
+MADE = ("pictures", "grids", "evaluation.json", "plot.svg")
 
 
 def options() -> Options:
     """The command line."""
     opts = Options("minti.evaluate", "Score a learned word: how like its photos, how editable.")
-    at_least_1 = number(int, 1)
     group = "what to score"
     text = "a learned word, or the folder of a training run: every saved step; repeatable"
     opts.add(group, "--concept", [], metavar="FILE|RUN", help=text)
@@ -48,89 +61,139 @@ def options() -> Options:
     opts.add(group, "--samples", metavar="DIR", help="folder of pictures, with prompts.csv: file, prompt")
     opts.add(group, "--placeholder", metavar="WORD", help="the learned word in those prompts")
     group = "how"
-    opts.add(group, "--num-images", 64, type=at_least_1, metavar="N", help="pictures of each prompt")
-    opts.add(group, "--steps", 50, type=at_least_1, help="DDIM steps")
+    count = number(int, 1, 10_000)
+    opts.add(group, "--num-images", 64, type=count, metavar="N", help="pictures of each prompt")
+    opts.add(group, "--sample-steps", 50, alias="--steps", type=count, help="DDIM steps")
     opts.add(group, "--guidance-scale", 5.0, type=number(float, 0), help="how closely to follow prompts")
     opts.add(group, "--eta", 0.0, type=number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
     opts.add(group, "--seed", 0, type=number(int, 0, 2**62), help="seed of each prompt's first picture")
     opts.add(group, "--size", type=size, metavar="PX|WxH", help="in pixels; by default the model's own")
-    opts.add(group, "--batch-size", 8, type=at_least_1, help="pictures at a time")
+    opts.add(group, "--batch-size", 8, type=count, help="pictures at a time")
     opts.add_judge("the judge")
     opts.add_model()
     return opts
 
 
-def choose_out(args: argparse.Namespace) -> Path:
-    """--out, or a folder beside what is scored."""
-    if args.out is None and not (args.samples or args.concept):
+def parse(opts: Options, argv: Sequence[str] | None) -> tuple[argparse.Namespace, bool]:
+    """The options, completed from the training run that is scored, and whether that run learned a style."""
+    args = opts.parse(argv, required=[])
+    if len(args.concept) != 1 or not Path(args.concept[0]).is_dir():
+        return args, False
+    config = Run(Path(args.concept[0])).config
+    base = {key: config[key] for key in OF_A_RUN if key in config}
+    return opts.parse(argv, required=[], base=base), config.get("templates") == "style"
+
+
+def choose_out(out: str | None, beside: str | None) -> Path:
+    """The folder for results: the one given, or `evaluation` beside what is scored."""
+    if out is None and beside is None:
         raise InputError("--out must be given, a folder for the results")
-    beside = Path(args.samples or (args.concept or ["."])[0])
-    return Path(args.out) if args.out else (beside if beside.is_dir() else beside.parent) / "evaluation"
+    path = Path(beside or ".")
+    return Path(out) if out else (path if path.is_dir() else path.parent) / "evaluation"
+
+
+def make_plan(
+    args: argparse.Namespace, words: Sequence[tuple[Path, Concept]], style: bool
+) -> tuple[Scorer, EvaluationPlan, dict[str, str]]:
+    """The judge, what there is to score, and the models, for the record. Raises InputError."""
+    if args.samples and (args.placeholder is None or args.concept or args.caption):
+        raise InputError("--samples goes with --placeholder, and without --concept and --caption")
+    if not args.samples and (args.checkpoint is None or not (args.concept or args.caption)):
+        raise InputError("--checkpoint and --concept must be given (or --samples); see --help")
+    clip = choose_clip(args.clip, args.checkpoint)
+    judge = {"clip": str(clip), "minti": __version__}
+    if args.samples:
+        scorer = Scorer.load(clip, device=choose_device(args.device), tokenizer=args.clip_tokenizer)
+        plan = plan_samples(scorer, Path(args.samples), args.placeholder, args.reconstruction_prompt)
+        return scorer, plan, {"samples": str(args.samples), **judge}
+    sd = load_model(args)
+    sd.schedule.timesteps(args.sample_steps)
+    if args.compile:
+        sd.compile()
+    scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
+    name = list_name(args.prompts, sd, style)
+    prompts = choose_prompts(name, args.reconstruction_prompt)
+    captions = dict.fromkeys(decode_text(caption, "--caption") for caption in args.caption)
+    subjects = add_words(sd, words) + [Subject(caption, "caption", caption) for caption in captions]
+    if args.references:
+        subjects.append(Subject("prompt only", "prompt only", ""))
+    how = args.num_images, args.sample_steps, args.guidance_scale, args.eta, args.seed, args.size
+    protocol = Protocol(*how, args.batch_size)
+    plan = plan_generation(sd, scorer, subjects, prompts, protocol)
+    plan.settings["prompts"] = name
+    dtype = str(sd.dtype).removeprefix("torch.")
+    return scorer, plan, {"checkpoint": str(args.checkpoint), "dtype": dtype, **judge}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make and judge pictures, write down what came out."""
-    opts, style = options(), False
-    args = opts.parse(argv, required=[])
-    if len(args.concept) == 1 and (folder := Path(args.concept[0])).is_dir():
-        config = Run(folder).config
-        style = config.get("templates") == "style"
-        base = {key: config[key] for key in OF_A_RUN if key in config}
-        args = opts.parse(argv, required=[], base=base)
-    for argument in args.concept:
-        find_words(argument)
+    opts = options()
+    args, style = parse(opts, argv)
+    words = [(path, Concept.load(path)) for argument in args.concept for path in find_words(argument)]
     if args.images is None:
         raise InputError("--images must be given: the photos that the word was learned from")
     processes = Processes.from_environment()
     with processes.joined(for_barriers=True):
         args.device = processes.device(args.device)
         photos = load_photos(args.images)
-        plan = plan_samples(args) if args.samples else plan_generation(args, style)
-        benchmark = Benchmark.make(plan.scorer, (photo.open() for photo in photos), plan.prompts)
-        out = choose_out(args)
+        scorer, plan, models = make_plan(args, words, style)
+        benchmark = Benchmark.make(scorer, (photo.open() for photo in photos), plan.prompts)
         with WorkFolder(
-            out,
+            choose_out(args.out, args.samples or (args.concept[0] if args.concept else None)),
             "minti.evaluate",
             vars(args),
             defaults=opts.defaults,
-            made=lambda settings: ("pictures", "grids", "evaluation.json", "plot.svg"),
+            made=lambda settings: MADE,
             may_differ=MAY_DIFFER,
             signature=("references",),
             active=processes.rank == 0,
         ) as folder:
             folder.check(resume=True, overwrite=args.overwrite)
             folder.begin()
-            store = Store(out / "pictures")
+            store = PictureStore(folder.path / "pictures")
             processes.wait()
-            jobs = [job for jobs in plan.jobs.values() for job in jobs.values()]
-            make_all(jobs, plan.scorer, store, processes)
+            jobs = [job for of_subject in plan.jobs.values() for job in of_subject.values()]
+            make_all(jobs, scorer.measure, store, processes, args.sample_steps)
             if processes.rank == 0:
-                evaluations = score_all(plan, store, benchmark, args)
-                print(table(evaluations))
-                write_results(out, plan, store, evaluations)
+                evaluations = score_all(plan, scorer, store, benchmark, args.references, args.seed)
+                print(score_table(evaluations))
+                write_results(folder.path, plan, store, evaluations, models)
 
 
-def score_all(plan: Plan, store: Store, benchmark: Benchmark, args: argparse.Namespace) -> list[Evaluation]:
-    """Every subject's scores from the embeddings in the store, and the references'."""
+def score_all(
+    plan: EvaluationPlan,
+    scorer: Scorer,
+    store: PictureStore,
+    benchmark: Benchmark,
+    references: bool,
+    seed: int,
+) -> list[Evaluation]:
+    """The scores of every subject from the measurements in the store, and those of Image Only."""
     evaluations = []
     for subject, jobs in plan.jobs.items():
-        embeddings = {template: job.embed(plan.scorer, store) for template, job in jobs.items()}
-        evaluations.append(benchmark.score(embeddings, subject.name, subject.kind, args.seed))
-    if args.references:
+        embeddings = {t: job.measure(scorer.measure, store)["embeddings"] for t, job in jobs.items()}
+        evaluations.append(benchmark.score(embeddings, subject.name, subject.kind, seed))
+    if references:
         evaluations.append(benchmark.image_only())
     return with_tradeoffs(evaluations)
 
 
-def write_results(out: Path, plan: Plan, store: Store, evaluations: Sequence[Evaluation]) -> None:
-    """evaluation.json, plot.svg and grids/, and where they are."""
-    write_atomically(out / "evaluation.json", report(evaluations, plan.model, plan.settings))
+def write_results(
+    out: Path,
+    plan: EvaluationPlan,
+    store: PictureStore,
+    evaluations: Sequence[Evaluation],
+    models: dict[str, str],
+) -> None:
+    """Write evaluation.json, plot.svg and grids/."""
+    write_atomically(out / "evaluation.json", report(evaluations, models, plan.settings))
     if svg := plot(evaluations):
         write_atomically(out / "plot.svg", svg.encode())
     for subject, jobs in plan.jobs.items():
-        rows = {template: store.pictures(job) for template, job in jobs.items()}
-        write_sheet(out / "grids" / f"{file_name(subject.name)}.png", rows)
-    steps = [e for e in evaluations if e.kind == "word"]
-    if len(steps) > 1 and (chosen := best(evaluations)):
+        pictures = {template: store.thumbnails(job) for template, job in jobs.items()}
+        write_sheet(out / "grids" / f"{file_name(subject.name)}.png", pictures)
+    words = [e for e in evaluations if e.kind == "word"]
+    if len(words) > 1 and (chosen := best(evaluations)):
         log.info("best trade-off: %s", chosen.name)
     log.info("evaluation.json, plot.svg and grids are in %s", out)
 

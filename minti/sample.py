@@ -7,79 +7,81 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from .cli.command import run_command
-from .cli.images import encode_png, image_grid
+from .cli.images import COLUMNS, encode_png, image_grid, thumbnails
 from .cli.model_options import load_model
 from .cli.options import Options, number, size
 from .cli.progress import Progress
-from .cli.work_folder import to_yaml
+from .cli.work_folder import WorkFolder
 from .errors import InputError
 from .formats.atomic import write_atomically
 from .formats.concept import Concept
+from .formats.photos import open_image
+from .judge.prompts import decode_text, explain_syntax
+from .judge.ranking import closest, ranking_text
 from .judge.scorer import Scorer, choose_clip
 from .model.stable_diffusion import StableDiffusion
-from .model.tokenizer import replace_words
+from .model.tokenizer import Tokenizer
 from .version import __version__
 
 log = logging.getLogger(__name__)
+
+MAY_DIFFER = ("out", "device", "batch_size", "compile", "attention")  # when sampling is continued
+MOST_PICTURES = 1_000_000  # made by one command
+GRID_LINES, GRID_SIDE = 16, 512  # of a sheet: lines of pictures, and the longer side of each in pixels
 
 
 def options() -> Options:
     """The command line."""
     opts = Options("minti.sample", "Make pictures with a Stable Diffusion checkpoint and learned words.")
-    at_least_1 = number(int, 1)
+    count = number(int, 1, 100_000)
     group = "what to make"
     opts.add(group, "--prompt", [], metavar="TEXT", help="what to show; give it again for more prompts")
     opts.add(group, "--negative-prompt", "", metavar="TEXT", help="what to steer away from")
-    opts.add(
-        group,
-        "--concept",
-        [],
-        metavar="[WORD=]FILE",
-        help="a learned word, renamed to WORD if given; repeatable",
-    )
-    opts.add(group, "--num-images", 4, type=at_least_1, metavar="N", help="pictures for each prompt")
-    opts.add(
-        group,
-        "--seed",
-        0,
-        type=number(int, 0, 2**63 - 1),
-        help="seed of the first; the next has seed + 1",
-    )
+    text = "a learned word, renamed to WORD if given; repeatable"
+    opts.add(group, "--concept", [], metavar="[WORD=]FILE", help=text)
+    opts.add(group, "--num-images", 4, type=count, metavar="N", help="pictures for each prompt")
+    text = "seed of the first; the next has seed + 1"
+    opts.add(group, "--seed", 0, type=number(int, 0, 2**63 - 1 - MOST_PICTURES), help=text)
     opts.add(group, "--size", type=size, metavar="PX|WxH", help="size in pixels; by default the model's own")
     opts.add(group, "--out", metavar="DIR", help="folder for the pictures")
-    opts.add(group, "--overwrite", False, help="replace pictures of the same name")
+    opts.add(group, "--overwrite", False, help="begin anew, whatever is finished in --out")
     group = "how"
-    opts.add(group, "--steps", 50, type=at_least_1, help="DDIM steps")
+    opts.add(group, "--sample-steps", 50, alias="--steps", type=number(int, 1, 10_000), help="DDIM steps")
     opts.add(group, "--guidance-scale", 7.5, type=number(float, 0), help="how closely to follow the prompt")
     opts.add(group, "--eta", 0.0, type=number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
-    opts.add(group, "--batch-size", 4, type=at_least_1, help="pictures at a time")
+    opts.add(group, "--batch-size", 4, type=number(int, 1, 10_000), help="pictures at a time")
     group = "choosing"
     text = "make K candidates for every picture, and keep the one that CLIP finds closest to the prompt"
-    opts.add(group, "--rank-by-clip", 1, type=at_least_1, metavar="K", help=text)
+    opts.add(group, "--rank-by-clip", 1, type=number(int, 1, 1000), metavar="K", help=text)
     opts.add_judge(group)
     opts.add_model()
     return opts
 
 
 @dataclass(frozen=True)
-class Job:
-    """One picture to make."""
+class Picture:
+    """A picture to make, and the name of its file."""
 
     prompt: str
     seed: int
-    path: Path
+    file: str
 
 
-def plan_jobs(prompts: Sequence[str], seed: int, num_images: int, out: Path) -> list[Job]:
-    """Every picture and the file it goes to, `<prompt>-<seed>.png`; like names are numbered."""
-    jobs, slugs = [], set()
+def plan_pictures(prompts: Sequence[str], seed: int, num_images: int, rank: int = 1) -> list[list[Picture]]:
+    """The candidates for every picture, `rank` each; `num_images` pictures of each prompt, in order.
+
+    Files are called `PROMPT-SEED.png`, with the prompt shortened; prompts that look alike are numbered.
+    """
+    planned, slugs = [], set()
     for prompt in prompts:
         slug = base = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:50].strip("-") or "picture"
         number = 1
@@ -87,14 +89,48 @@ def plan_jobs(prompts: Sequence[str], seed: int, num_images: int, out: Path) -> 
             number += 1
             slug = f"{base}-no{number}"
         slugs.add(slug)
-        jobs += [Job(prompt, seed + i, out / f"{slug}-{seed + i}.png") for i in range(num_images)]
-    return jobs
+        for first in range(seed, seed + num_images * rank, rank):
+            seeds = range(first, first + rank)
+            planned.append([Picture(prompt, s, f"{slug}-{s}.png") for s in seeds])
+    return planned
 
 
-def load_with_concepts(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]:
-    """The checkpoint with its learned words, (word -> concept)."""
-    concepts, files = {}, {}
-    for text in args.concept:
+def files_made(settings: Mapping[str, Any]) -> list[str]:
+    """The names of all files that a command with these settings writes, beside its config.yaml."""
+    keys = ("prompt", "seed", "num_images", "rank_by_clip")
+    pictures = plan_pictures(*(settings[key] for key in keys))
+    sheets = -(-len(pictures) // GRID_LINES)
+    return [p.file for candidates in pictures for p in candidates] + [grid_name(i) for i in range(sheets)]
+
+
+def grid_name(sheet: int) -> str:
+    """The name of the sheet with an index; no picture has such a name."""
+    return "grid.png" if sheet == 0 else f"grid_{sheet + 1}.png"
+
+
+def write_grids(out: Path, planned: Sequence[Sequence[Picture]]) -> None:
+    """Show the pictures that are finished side by side, on as many sheets as it takes.
+
+    The pictures of a prompt begin a new line. Large ones are made smaller.
+    """
+    finished: dict[str, list[Path]] = {}
+    for candidates in planned:
+        paths = [path for path in (out / picture.file for picture in candidates) if path.exists()]
+        finished.setdefault(candidates[0].prompt, []).extend(paths)
+    columns = min(COLUMNS, max(1, *map(len, finished.values())))
+    lines = [paths[i : i + columns] for paths in finished.values() for i in range(0, len(paths), columns)]
+    for sheet, start in enumerate(range(0, len(lines), GRID_LINES)):
+        cells = []
+        for line in lines[start : start + GRID_LINES]:
+            images = thumbnails([open_image(path) for path in line], GRID_SIDE)
+            cells += [*images, *[Image.new("RGB", images[0].size, "white")] * (columns - len(line))]
+        write_atomically(out / grid_name(sheet), encode_png(image_grid(cells, columns), {}))
+
+
+def load_concepts(arguments: Sequence[str]) -> dict[str, tuple[str, Concept]]:
+    """Learned words by name, with their files, from the arguments of --concept: FILE, or WORD=FILE."""
+    concepts: dict[str, tuple[str, Concept]] = {}
+    for text in arguments:
         word, equals, file = text.partition("=")
         if not equals or Path(text).exists():
             word, file = None, text
@@ -103,100 +139,107 @@ def load_with_concepts(args: argparse.Namespace) -> tuple[StableDiffusion, dict[
                 raise InputError(
                     f"{file}: {concept.placeholder!r} is learned twice; rename one: --concept '<new>={file}'"
                 )
-            concepts[concept.placeholder], files[concept.placeholder] = concept, file
-    sd = load_model(args)
-    for word, concept in concepts.items():
+            concepts[concept.placeholder] = file, concept
+    return concepts
+
+
+def notices(
+    prompts: Sequence[str], negative_prompt: str, guidance_scale: float, tokenizer: Tokenizer
+) -> list[str]:
+    """What the user may not expect: text without effect, and commands of other programs read as text."""
+    found = []
+    if negative_prompt and guidance_scale <= 1:
+        found.append("--negative-prompt has no effect with --guidance-scale 1 or less")
+    texts = [*prompts, negative_prompt]
+    used = {i for text in texts for i in tokenizer.encode(text)}
+    for word, ids in tokenizer.placeholders.items():
+        if not used.intersection(ids):
+            found.append(f"no prompt contains the learned word {word!r}, so it has no effect")
+    return found + [line for text in texts for line in explain_syntax(text, tokenizer.placeholders)]
+
+
+def load(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]:
+    """The checkpoint with its learned words, ready to sample. Raises InputError if it cannot."""
+    concepts, sd = load_concepts(args.concept), load_model(args)
+    for word, (file, concept) in concepts.items():
         try:
             sd.add_concept(concept)
         except InputError as error:
-            if concept.vectors.shape[1] != sd.text_encoder.config.hidden_size:
-                raise InputError(f"{files[word]}: {error}") from None
+            if concept.vectors.shape[1] != sd.vocabulary.shape[1]:
+                raise InputError(f"{file}: {error}") from None
             new = "<new>" if word.startswith("<") else f"<{word}>"
-            raise InputError(f"{files[word]}: {error}: --concept '{new}={files[word]}'") from None
-    return sd, concepts
-
-
-def load_judge(args: argparse.Namespace, sd: StableDiffusion) -> Scorer:
-    """The CLIP that chooses among candidates. Raises InputError if it cannot, or has no text to go by."""
-    scorer = Scorer.load(
-        choose_clip(args.clip, args.checkpoint), device=sd.device, tokenizer=args.clip_tokenizer
-    )
-    for prompt in args.prompt:
-        if not any(c.isalnum() for c in replace_words(prompt, sd.tokenizer.placeholders)):
-            raise InputError(f"--rank-by-clip: {prompt!r} says nothing but the learned word; add to it")
-    return scorer
-
-
-def choose(
-    scorer: Scorer, learned: Iterable[str], candidates: Sequence[tuple[Job, Image.Image]]
-) -> tuple[Job, Image.Image, float]:
-    """Of pictures of one prompt the closest to it, learned words left out, and how close: the cosine."""
-    text = replace_words(candidates[0][0].prompt, learned)
-    images = scorer.embed_images([image for _, image in candidates])  # (K, P)
-    cosines = images @ scorer.embed_texts([text])[0]
-    return *candidates[int(cosines.argmax())], cosines.max().item()
+            raise InputError(f"{file}: {error}: --concept '{new}={file}'") from None
+    width, height = sd.check_size(args.size)
+    if (width, height) != sd.image_size:
+        text = "%dx%d pixels: the model was trained on %dx%d, expect repetitions"
+        log.info(text, width, height, *sd.image_size)
+    sd.schedule.timesteps(args.sample_steps)
+    sd.tokenizer([*args.prompt, args.negative_prompt])
+    for notice in notices(args.prompt, args.negative_prompt, args.guidance_scale, sd.tokenizer):
+        log.warning("%s", notice)
+    if args.compile:
+        sd.compile()
+    return sd, {word: concept for word, (_, concept) in concepts.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, make the pictures, write them one by one and a grid of all at the end."""
-    args = options().parse(argv, required=["checkpoint", "prompt", "out"])
-    out = Path(args.out)
-    jobs = plan_jobs(args.prompt, args.seed, args.num_images * args.rank_by_clip, out)
-    taken = [job.path for job in jobs if job.path.exists()]
-    if taken and not args.overwrite:
-        raise InputError(f"{taken[0]}: exists already; give another --out or --seed, or --overwrite")
-
-    sd, concepts = load_with_concepts(args)
-    width, height = sd.check_size(args.size)
-    if (width, height) != sd.image_size:
-        log.info(
-            "%dx%d pixels: the model was trained on %dx%d, expect repetitions", width, height, *sd.image_size
+    """Parse the command line, make the pictures, write them one by one and in the end sheets of all."""
+    opts = options()
+    args = opts.parse(argv, required=["checkpoint", "prompt", "out"])
+    args.prompt = [decode_text(prompt, "--prompt") for prompt in args.prompt]
+    args.negative_prompt = decode_text(args.negative_prompt, "--negative-prompt")
+    if len(args.prompt) * args.num_images * args.rank_by_clip > MOST_PICTURES:
+        raise InputError(f"more than {MOST_PICTURES:,} pictures; lower --num-images or --rank-by-clip")
+    planned = plan_pictures(args.prompt, args.seed, args.num_images, args.rank_by_clip)
+    start, out = time.monotonic(), Path(args.out)
+    folder = WorkFolder(
+        out,
+        "minti.sample",
+        vars(args),
+        defaults=opts.defaults,
+        made=lambda settings: files_made(opts.defaults | settings),
+        may_differ=MAY_DIFFER,
+        signature=("rank_by_clip", "prompt"),
+    )
+    with folder:
+        begun = folder.check(resume=True, overwrite=args.overwrite)
+        todo = [c for c in planned if not (begun and any((out / p.file).exists() for p in c))]
+        sd, concepts = load(args)
+        scorer, texts = None, {}
+        if args.rank_by_clip > 1:
+            texts = {prompt: ranking_text(prompt, sd.tokenizer.placeholders) for prompt in args.prompt}
+            clip = choose_clip(args.clip, args.checkpoint)
+            scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
+        how = {"steps": args.sample_steps, "guidance_scale": args.guidance_scale, "eta": args.eta}
+        how |= {"negative_prompt": args.negative_prompt or None}
+        size = dict(zip(("width", "height"), sd.check_size(args.size), strict=True))
+        settings = {**how, **size, "checkpoint": args.checkpoint, "dtype": args.dtype}
+        learned = {word: concept.digest for word, concept in concepts.items()}
+        each = [(p.prompt, p.seed) for candidates in todo for p in candidates]
+        progress = Progress(-(-len(each) // args.batch_size) * args.sample_steps, "step")
+        images = sd.sample_each(
+            each, batch_size=args.batch_size, on_step=progress.step, size=args.size, **how
         )
-    sd.schedule.timesteps(args.steps)
-    sd.tokenizer([*args.prompt, args.negative_prompt])  # complains now rather than later
-    scorer = load_judge(args, sd) if args.rank_by_clip > 1 else None
-    out.mkdir(parents=True, exist_ok=True)  # complains now
-    if args.compile:
-        sd.compile()
-
-    settings = {key: getattr(args, key) for key in ("steps", "guidance_scale", "eta", "checkpoint", "dtype")}
-    settings |= {"width": width, "height": height, "negative_prompt": args.negative_prompt}
-    learned = {word: concept.digest for word, concept in concepts.items()}
-    how = {
-        "steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "eta": args.eta,
-        "size": (width, height),
-    }
-    how |= {"negative_prompt": args.negative_prompt}
-    batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
-    progress = Progress(len(batches) * args.steps, "step")
-    images, candidates, start = [], [], time.monotonic()
-    try:
-        for batch in batches:
-            for x_t in sd.denoise([job.prompt for job in batch], [job.seed for job in batch], **how):
-                latents = x_t
-                progress.step()
-            for candidate in zip(batch, sd.decode_latents(latents), strict=True):
-                candidates.append(candidate)
-                if len(candidates) < args.rank_by_clip:
-                    continue
-                (job, image), text = candidate, {}
+        try:
+            for candidates in todo:
+                group, chosen, text = list(islice(images, len(candidates))), 0, {}
                 if scorer:
-                    job, image, cosine = choose(scorer, sd.tokenizer.placeholders, candidates)
-                    text = {"clip": f"{cosine:.4f}, best of {len(candidates)}"}
-                candidates.clear()
-                text |= {"prompt": job.prompt, "seed": str(job.seed), "settings": json.dumps(settings)}
-                text |= {"concepts": json.dumps(learned), "software": f"minti {__version__}"}
-                if not images:  # and nothing is written unless there is a picture
-                    write_atomically(out / "config.yaml", to_yaml(vars(args), "minti.sample"))
-                write_atomically(job.path, encode_png(image, text))
-                images.append(image)
-    finally:
-        progress.close()
-        if images:
-            write_atomically(out / "grid.png", encode_png(image_grid(images, args.num_images), {}))
-    log.info("%d pictures in %s (%.1f s), together in grid.png", len(images), out, time.monotonic() - start)
+                    chosen, cosine = closest(scorer, texts[candidates[0].prompt], group)
+                    text = {"clip": f"{cosine:.4f}, best of {len(group)}"}
+                picture = candidates[chosen]
+                text |= {"prompt": picture.prompt, "seed": str(picture.seed)}
+                text |= {"settings": json.dumps(settings), "concepts": json.dumps(learned)}
+                text |= {"software": f"minti {__version__}"}
+                if not begun:  # a model whose first picture fails leaves nothing behind
+                    folder.begin()
+                    begun = True
+                write_atomically(out / picture.file, encode_png(group[chosen], text))
+        finally:
+            progress.close()
+            if begun:
+                write_grids(out, planned)
+    seconds = time.monotonic() - start
+    log.info("%d pictures in %s (%.1f s), together in grid.png", len(planned), out, seconds)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from minti.judge.benchmark import (
     with_tradeoffs,
     word_jobs,
 )
-from minti.judge.picture_jobs import Protocol, Store, file_name
+from minti.judge.picture_jobs import PictureJob, PictureStore, Protocol, file_name, models_of
 from minti.judge.prompts import PROMPTS, PromptList, fill, load_prompts
 from minti.judge.results import as_json
 from minti.judge.scorer import Scorer
@@ -233,12 +233,15 @@ def test_evaluate_word(base: Path, done: Path, tmp_path: Path, makes: list[str])
     sd.add_concept(Concept.load(base / "run" / "embeds" / "step-000005.safetensors", "<other>"))
     photos = [photo.open() for photo in load_photos(base / "photos")]
     benchmark = Benchmark.make(scorer, photos, load_prompts(str(base / "prompts.txt")))
-    ticks: list[int] = []
-    store = Store(tmp_path)
-    found = evaluate_word(sd, scorer, benchmark, "<toy>", PROTOCOL, store=store, tick=lambda: ticks.append(1))
+    steps: list[int] = []
+    store = PictureStore(tmp_path)
+    found = evaluate_word(
+        sd, scorer, benchmark, "<toy>", PROTOCOL, store=store, on_step=lambda: steps.append(1)
+    )
     assert as_json(found) == evaluations(done)["<toy>"] | {"tradeoff": None}
-    jobs = word_jobs(sd, scorer, benchmark.prompts, "<toy>", PROTOCOL)
-    assert len(ticks) == sum(job.ticks for job in jobs.values()) == 3 * 2 * 2  # prompts, batches, steps
+    jobs = word_jobs(sd, benchmark.prompts, "<toy>", PROTOCOL, models_of(sd, scorer))
+    assert len(steps) == sum(job.steps for job in jobs.values()) == 3 * 2 * 2  # prompts, batches, steps
+    assert sum(job.num_images for job in jobs.values()) == 3 * COUNT
     assert makes == ["a photo of <toy>", "red <toy> on the grass", "the dog and <toy>"]
 
     again = evaluate_word(sd, scorer, benchmark, "<toy>", PROTOCOL, store=store)
@@ -252,15 +255,15 @@ def test_evaluate_word(base: Path, done: Path, tmp_path: Path, makes: list[str])
 def test_the_store_notices_what_the_pictures_depend_on(base: Path, tmp_path: Path) -> None:
     sd, scorer = minti.load(base / "model", device="cpu"), Scorer.load(base / "model")
     row = sd.add_concept(Concept.load(base / "run" / "learned_embeds.safetensors"))
-    store, prompts = Store(tmp_path), PromptList(())
+    store, prompts = PictureStore(tmp_path), PromptList(())
 
-    def job(**changes: object) -> pictures.Job:
+    def job(**changes: object) -> PictureJob:
         protocol = Protocol(**(vars(PROTOCOL) | changes))
-        return word_jobs(sd, scorer, prompts, "<toy>", protocol)["a photo of {}"]
+        return word_jobs(sd, prompts, "<toy>", protocol, models_of(sd, scorer))["a photo of {}"]
 
-    embeddings = job().embed(scorer, store)
-    assert torch.equal(store.load(job()), embeddings)
-    assert torch.equal(store.load(job(batch_size=1)), embeddings)
+    embeddings = job().measure(scorer.measure, store)["embeddings"]
+    assert torch.equal(store.load(job())["embeddings"], embeddings)
+    assert torch.equal(store.load(job(batch_size=1))["embeddings"], embeddings)
     for changes in (
         {"seed": 1},
         {"steps": 3},
@@ -275,15 +278,15 @@ def test_the_store_notices_what_the_pictures_depend_on(base: Path, tmp_path: Pat
     row.data[0, 0] -= 1
     sd.unet.conv_in.weight.data[0, 0, 0, 0] += 1  # another model
     assert store.load(job()) is None
-    assert len(store.pictures(job())) == COUNT
+    assert len(store.thumbnails(job())) == COUNT
 
 
 def test_large_pictures_are_kept_small_and_all_of_them(tmp_path: Path) -> None:
     images = [Image.new("RGB", (256, 192), (i, 0, 0)) for i in range(11)]
-    store = Store(tmp_path)
-    job = pictures.Job("a/b", {}, lambda tick: images)
-    store.save(job, torch.zeros(11, 4), images)
-    kept = store.pictures(job)
+    store = PictureStore(tmp_path)
+    job = PictureJob("a/b", {}, lambda on_step: images)
+    store.save(job, {"embeddings": torch.zeros(11, 4)}, images)
+    kept = store.thumbnails(job)
     assert [image.size for image in kept] == [(128, 96)] * 11
     assert [image.getpixel((5, 5)) for image in kept] == [(i, 0, 0) for i in range(11)]
     sizes = {image.size for image in thumbnails([Image.new("RGB", (40, 20)), Image.new("RGB", (30, 60))])}
@@ -318,10 +321,11 @@ def test_tradeoff() -> None:
     assert best(with_tradeoffs([*words, image_only, prompt_only])).name == "2"
     assert with_tradeoffs(words) == words
 
-    drawn = [Score(0.6, torch.tensor([0.5, 0.6, 0.7])), Score(0.25, torch.tensor([0.275, 0.25, 0.225]))]
+    drawn = [Score(0.6, torch.tensor([0.5, 0.6, 0.7]), 5), Score(0.25, torch.tensor([0.275, 0.25, 0.225]), 7)]
     found = tradeoff(Evaluation("w", "word", *drawn, None), image_only, prompt_only)
     expected = [2 / (1 / r + 1 / e) for r, e in ((0.25, 0.75), (0.5, 0.5), (0.75, 0.25))]
     torch.testing.assert_close(found.draws, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert found.dof == 5
 
 
 def test_steps_of_a_run(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys) -> None:
@@ -390,15 +394,15 @@ def test_a_rerun_makes_nothing_again(base: Path, done: Path, makes: list[str]) -
 def test_interrupted_is_uninterrupted(
     after: int, base: Path, done: Path, tmp_path: Path, makes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, save = tmp_path / "out", Store.save
+    out, save = tmp_path / "out", PictureStore.save
     argv = [*arguments(base, out), *word(base), "--caption", "the red cat"]
 
-    def interrupted(self: Store, *rest: object) -> None:
+    def interrupted(self: PictureStore, *rest: object) -> None:
         save(self, *rest)
         if len(makes) == after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "save", interrupted)
+    monkeypatch.setattr(PictureStore, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(argv)
     assert not (out / "evaluation.json").exists()
@@ -417,7 +421,7 @@ def test_interrupted_is_uninterrupted(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--steps", "3"], "steps was 2, now it is 3"),
+        (["--steps", "3"], "sample_steps was 2, now it is 3"),
         (["--num-images", "4"], "num_images was 3, now it is 4"),
         (["--caption", "cat"], r"caption was \['the red cat'\], now it is \['the red cat', 'cat'\]"),
         (["--no-references"], "references was True, now it is False"),

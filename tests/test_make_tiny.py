@@ -19,7 +19,7 @@ from minti.model.image_encoder import CLIPVisionModel
 from minti.model.unet import UNet
 from minti.model.vae import VAE
 from minti.study.classifier import Judge
-from minti.study.variants import read_targets
+from minti.study.concepts import read_concepts
 from tools.make_tiny import (
     bpe,
     captions,
@@ -325,7 +325,7 @@ def test_export_is_complete_and_small(exported: Path) -> None:
         "style": "photo",
         "background": "snow",
     }
-    assert read_targets(str(exported / "concepts" / "concepts.yaml")).keys() == concepts.held_out().keys()
+    assert read_concepts(str(exported / "concepts" / "concepts.yaml")).keys() == concepts.held_out().keys()
     assert sum(p.stat().st_size for p in exported.rglob("*") if p.is_file()) <= 20e6
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from PIL import Image
 
 import minti
 from minti import Concept, InputError
+from minti.judge.prompts import decode_text
 from minti.judge.scorer import Scorer
-from minti.sample import Job, main, plan_jobs
+from minti.sample import Picture, main, plan_pictures, write_grids
 
 from .oracles import add_image_encoder, save_clip, save_folder
 
@@ -115,7 +117,7 @@ def test_config_yaml_makes_the_same_bytes(folder: Path, word: Path, tmp_path: Pa
     config = yaml.safe_load((first / "config.yaml").read_text(encoding="utf-8"))
     assert config["prompt"] == ["a <toy>: yes, 'no' # \"cat\"", "-- on"]
     assert config["size"] == "32x64"
-    assert (config["steps"], config["seed"], config["eta"]) == (2, 3, 0.25)
+    assert (config["sample_steps"], config["seed"], config["eta"]) == (2, 3, 0.25)
     assert config["device"] == "cpu"
 
     second = tmp_path / "second"
@@ -149,34 +151,184 @@ def test_a_renamed_word_gives_the_same_picture(folder: Path, word: Path, tmp_pat
 
 
 def test_file_names() -> None:
-    def paths(*prompts: str, n: int = 1) -> list[str]:
-        return [job.path.name for job in plan_jobs(prompts, 3, n, Path("out"))]
+    def files(*prompts: str, n: int = 1) -> list[str]:
+        return [picture.file for (picture,) in plan_pictures(prompts, 3, n)]
 
-    assert paths("A photo, of: <toy>!", n=2) == ["a-photo-of-toy-3.png", "a-photo-of-toy-4.png"]
-    assert paths("cat", "Cat", "CAT!") == ["cat-3.png", "cat-no2-3.png", "cat-no3-3.png"]
-    assert paths("", "...", "../../etc/passwd") == ["picture-3.png", "picture-no2-3.png", "etc-passwd-3.png"]
+    assert files("A photo, of: <toy>!", n=2) == ["a-photo-of-toy-3.png", "a-photo-of-toy-4.png"]
+    assert files("cat", "Cat", "CAT!") == ["cat-3.png", "cat-no2-3.png", "cat-no3-3.png"]
+    assert files("", "...", "../../etc/passwd") == ["picture-3.png", "picture-no2-3.png", "etc-passwd-3.png"]
     for prompt in ("x" * 300, "猫" * 300, "\N{MATHEMATICAL BOLD SCRIPT CAPITAL A}" * 300, "a " * 300):
-        (name,) = paths(prompt)
+        (name,) = files(prompt)
         assert len(name.encode()) <= 230
-    assert plan_jobs(["a"], 0, 1, Path("o")) == [Job("a", 0, Path("o/a-0.png"))]
+    assert plan_pictures(["a"], 0, 1, 2) == [[Picture("a", 0, "a-0.png"), Picture("a", 1, "a-1.png")]]
 
 
 def test_no_two_pictures_share_a_file() -> None:
-    prompts = ["a", "A", "a no2", "a-no2", "a!", "", " ", "a-0", "a 0"]
-    jobs = plan_jobs(prompts, 0, 3, Path("out"))
-    assert len({job.path for job in jobs}) == len(jobs) == 27
+    prompts = ["a", "A", "a no2", "a-no2", "a!", "", " ", "a-0", "a 0", "grid"]
+    files = [picture.file for (picture,) in plan_pictures(prompts, 0, 3)]
+    assert len({*files, "grid.png", "grid_2.png"}) == len(files) + 2 == 32
 
 
-def test_existing_pictures_are_not_overwritten(folder: Path, tmp_path: Path) -> None:
+def snapshot(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_the_same_command_goes_on_where_it_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after two of four pictures; they stay, with a grid, and only the others are made."""
+    argv = ["--prompt", "cat", "--prompt", "dog", "--num-images", "2", "--batch-size", "2"]
+    whole = snapshot(sample(folder, tmp_path / "whole", *argv))
+    made, each, decode = [], minti.StableDiffusion.sample_each, minti.StableDiffusion.decode_latents
+
+    def counting(self: minti.StableDiffusion, pictures: list, **options: object) -> Iterator[Image.Image]:
+        made.append([prompt for prompt, _ in pictures])
+        return each(self, pictures, **options)
+
+    def interrupted(self: minti.StableDiffusion, latents: torch.Tensor) -> list[Image.Image]:
+        monkeypatch.setattr(minti.StableDiffusion, "decode_latents", stop)
+        return decode(self, latents)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(minti.StableDiffusion, "sample_each", counting)
+    monkeypatch.setattr(minti.StableDiffusion, "decode_latents", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(folder, tmp_path / "out", *argv)
+    assert names(tmp_path / "out") == ["cat-0.png", "cat-1.png", "config.yaml", "grid.png"]
+    monkeypatch.setattr(minti.StableDiffusion, "decode_latents", decode)
+    found = snapshot(sample(folder, tmp_path / "out", *argv))
+    assert made == [["cat", "cat", "dog", "dog"], ["dog", "dog"]]
+    assert found.keys() == whole.keys()
+    assert all(found[name] == whole[name] for name in whole if name != "config.yaml")
+
+
+def test_other_settings_are_refused_or_replace_everything(folder: Path, tmp_path: Path) -> None:
     out = sample(folder, tmp_path / "out", "--prompt", "cat", "--num-images", "2")
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    for argv in (["--num-images", "1"], ["--num-images", "3"], ["--seed", "1", "--num-images", "2"]):
-        with pytest.raises(InputError, match=r"cat-\d\.png: exists already; .*--overwrite"):
-            sample(folder, out, "--prompt", "cat", *argv)
-        assert {path: path.read_bytes() for path in out.iterdir()} == before
-    sample(folder, out, "--prompt", "cat", "--num-images", "2", "--overwrite", "--guidance-scale", "1")
-    assert {p.name for p in out.iterdir()} == {p.name for p in before}
-    assert all(path.read_bytes() != content for path, content in before.items())
+    before = snapshot(out)
+    for argv, change in (
+        (["--prompt", "cat", "--num-images", "1"], "num_images was 2, now it is 1"),
+        (["--prompt", "cat", "--num-images", "2", "--seed", "1"], "seed was 0, now it is 1"),
+        (["--prompt", "dog", "--num-images", "2"], r"prompt was \['cat'\], now it is \['dog'\]"),
+    ):
+        with pytest.raises(InputError, match=f"{change}; .*--overwrite"):
+            sample(folder, out, *argv)
+        assert snapshot(out) == before
+    (out / "mine.txt").write_text("kept")
+    sample(folder, out, "--prompt", "dog", "--num-images", "1", "--overwrite")
+    assert names(out) == ["config.yaml", "dog-0.png", "grid.png", "mine.txt"]
+
+
+def foreign(tmp_path: Path) -> list[Path]:
+    """Folders that other commands, and people, have made."""
+    made = [tmp_path / name for name in ("run", "evaluation", "mine")]
+    for path, key in zip(
+        made, ("init_word: toy\nsave_every: 5\neval_size: 16", "references: true", "a: 1"), strict=True
+    ):
+        path.mkdir()
+        (path / "config.yaml").write_text(f"{key}\nsteps: 3\n")
+        (path / "grid.png").write_bytes(b"a picture")
+    return made
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_folders_of_others_are_left_alone(overwrite: list[str], folder: Path, tmp_path: Path) -> None:
+    """Of a training run, of an evaluation, or somebody's own, which have a config.yaml as well."""
+    for out in foreign(tmp_path):
+        before = snapshot(out)
+        with pytest.raises(InputError, match=r"holds something that minti\.sample did not make"):
+            sample(folder, out, "--prompt", "cat", *overwrite)
+        assert snapshot(out) == before
+
+
+def test_many_pictures_go_onto_several_sheets(tmp_path: Path) -> None:
+    """Eight in a line, sixteen lines a sheet; each prompt begins a line; large pictures are made smaller."""
+    planned = plan_pictures(["cat", "dog"], 0, 9)
+    for i, (picture,) in enumerate(planned):
+        Image.new("RGB", (700, 350), (i, 0, 0)).save(tmp_path / picture.file)
+    write_grids(tmp_path, planned)
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size == (8 * 512, 4 * 256)
+    first = [grid.getpixel((512 * x + 5, 256 * y + 5)) for y in range(4) for x in range(8)]
+    white = [(255, 255, 255)] * 7
+    assert first == [(i, 0, 0) for i in range(9)] + white + [(i, 0, 0) for i in range(9, 18)] + white
+    planned = plan_pictures(["cat"], 0, 130)
+    for (picture,) in planned:
+        Image.new("RGB", (2, 2)).save(tmp_path / picture.file)
+    write_grids(tmp_path, planned)
+    assert Image.open(tmp_path / "grid.png").size == (16, 32) and not (tmp_path / "grid_3.png").exists()
+    assert Image.open(tmp_path / "grid_2.png").size == (16, 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-images", "1000000000"], "at most 100000"),
+        (["--rank-by-clip", "1000000"], "at most 1000"),
+        (["--num-images", "100000", "--rank-by-clip", "100"], "more than 1,000,000 pictures"),
+        (["--batch-size", "10000000000"], "at most 10000"),
+    ],
+)
+def test_numbers_are_bounded(argv: list[str], message: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        sample(folder, tmp_path / "out", "--prompt", "cat", *argv)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--prompt", "a cat"], "no prompt contains the learned word '<toy>', so it has no effect"),
+        (["--prompt", "a <toy>"], None),
+        (["--prompt", "a cat", "--negative-prompt", "<toy>"], None),
+        (["--prompt", "embedding:<toy>"], "'embedding:' is read as text"),
+        (["--prompt", "a (red:1.2) <toy>"], r"'\(red:1\.2\)' is read as text \(for weights"),
+        (["--prompt", "((red)) <toy>"], r"'\(\(red\)\)' is read as text"),
+        (["--prompt", "<toy> [red:dog:0.5]"], r"'\[red:dog:0\.5\]' is read as text"),
+        (["--prompt", "<toy> <lora:x:0.5>"], "'<lora:x:0.5>' is read as text"),
+        (["--prompt", "<<toy>>"], "the brackets around '<toy>' are read as text"),
+        (["--prompt", "<toy> (red), at 5:30 [dog]"], None),
+        (
+            ["--prompt", "<toy>", "--negative-prompt", "red", "--guidance-scale", "1"],
+            "--negative-prompt has no effect with --guidance-scale 1 or less",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_said(
+    argv: list[str],
+    said: str | None,
+    folder: Path,
+    word: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sample(folder, tmp_path / "out", "--concept", str(word), "--num-images", "1", *argv)
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == (said is not None), warned
+    if said:
+        assert re.search(said, warned[0])
+
+
+def test_prompts_that_are_no_text(folder: Path, tmp_path: Path) -> None:
+    """Python puts surrogates for bytes that it cannot decode; those of UTF-8 are read in any locale."""
+    with pytest.raises(InputError, match=r"--prompt: 'caf\? cup' is no valid UTF-8"):
+        sample(folder, tmp_path / "out", "--prompt", b"caf\xe9 cup".decode("utf-8", "surrogateescape"))
+    assert not (tmp_path / "out").exists()
+    assert decode_text("café".encode().decode("ascii", "surrogateescape"), "") == "café"
+    assert decode_text("猫", "") == "猫"
+
+
+def test_the_number_of_steps_has_one_name(folder: Path, tmp_path: Path) -> None:
+    """`--sample-steps` in all commands; `--steps`, also in files, is another name of it."""
+    (tmp_path / "c.yaml").write_text("steps: 3\n")
+    for i, argv in enumerate(
+        (["--sample-steps", "3"], ["--config", str(tmp_path / "c.yaml")], ["--set", "steps=3"])
+    ):
+        out = tmp_path / str(i)
+        argv = ["--checkpoint", str(folder), "--prompt", "cat", "--num-images", "1", "--out", str(out), *argv]
+        main([*argv, "--device", "cpu"])
+        assert json.loads(Image.open(out / "cat-0.png").text["settings"])["steps"] == 3
 
 
 def test_a_size_that_was_not_trained_is_mentioned(
@@ -230,7 +382,7 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
         "--concept",
         "--prompt",
         "--negative-prompt",
-        "--steps",
+        "--sample-steps",
         "--guidance-scale",
     ):
         assert option in text
@@ -300,7 +452,3 @@ def test_what_cannot_be_ranked(folder: Path, judge: Path, word: Path, tmp_path: 
     with pytest.raises(InputError, match="'<toy>!' says nothing but the learned word"):
         rank(folder, tmp_path / "out", judge, "--concept", str(word), "--prompt", "<toy>!")
     assert not (tmp_path / "out").exists()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "cat-10.png").write_bytes(b"")  # a candidate that may be chosen
-    with pytest.raises(InputError, match=r"cat-10\.png: exists already"):
-        rank(folder, tmp_path / "out", judge, "--prompt", "cat")

@@ -20,17 +20,19 @@ from safetensors.torch import load_file, save_file
 
 import minti
 from minti import Concept, InputError
+from minti.cli.images import THUMBNAIL
 from minti.inversion.batches import Settings
 from minti.inversion.inversion import Inversion
 from minti.judge.benchmark import Evaluation
-from minti.judge.picture_jobs import Store
-from minti.judge.scores import Score
+from minti.judge.picture_jobs import PictureJob, PictureStore
+from minti.judge.scores import Score, student_t
 from minti.study import __main__ as study
-from minti.study import learn as study_learn
+from minti.study import learner
 from minti.study.classifier import Judge, Probe, Truth
-from minti.study.plan import Plan, make_plan
-from minti.study.summary import Outcome, disagreements, judge_claims, means, rank_correlation
-from minti.study.variants import KEYS, Target, choose_targets, expand, group_words, make_variant, read_targets
+from minti.study.concepts import ConceptSpec, choose_concepts, read_concepts
+from minti.study.recipe import StudyPlan
+from minti.study.summary import Outcome, claim_numbers, disagreements, judge_claims, means, rank_correlation
+from minti.study.variants import KEYS, expand, group_words, make_variant
 from tools.make_tiny import captions, concepts, probe
 
 from .oracles import add_image_encoder, save_folder
@@ -45,8 +47,8 @@ CLAIM = {"says": "One is better.", "first": "1 vector", "second": "caption", "sc
 # ----------------------------------------------------------------------------------------------------------
 
 
-def target(name: str = "toy", **changes: object) -> Target:
-    return Target(name, Path("photos"), "toy", **changes)
+def concept(name: str = "toy", **changes: object) -> ConceptSpec:
+    return ConceptSpec(name, Path("photos"), "toy", **changes)
 
 
 def test_lists_are_spread_out() -> None:
@@ -59,15 +61,15 @@ def test_lists_are_spread_out() -> None:
 
 def test_progressive_is_a_list_by_itself() -> None:
     (one,) = expand({"p": {"progressive": [10, 20]}}, {})
-    assert make_variant(one, target()).settings.progressive == (10, 20)
-    assert make_variant(one, target()).num_vectors == 3
+    assert make_variant(one, concept()).settings.progressive == (10, 20)
+    assert make_variant(one, concept()).num_vectors == 3
     setups = expand({"p": {"progressive": [[10], [10, 20]]}}, {})
     assert [setup.name for setup in setups] == ["p, progressive 10", "p, progressive 10-20"]
 
 
 def test_setups_go_before_the_base_and_the_concept_before_both_defaults() -> None:
     (setup,) = expand({"own": {"lr": 0.1}}, {"lr": 0.2, "batch_size": 2})
-    word = make_variant(setup, target(templates="style"))
+    word = make_variant(setup, concept(templates="style"))
     assert (word.lr, word.settings.batch_size, word.templates, word.init_word) == (0.1, 2, "style", "toy")
     assert word.settings.steps == 3000  # as `minti.train` has it
 
@@ -88,14 +90,14 @@ def test_every_setting_reaches_the_word() -> None:
     }
     assert set(values) == set(KEYS)
     (setup,) = expand({"all": values}, {})
-    word = make_variant(setup, target())
+    word = make_variant(setup, concept())
     for key, value in values.items():
         value = tuple(value) if key == "progressive" else value
         assert getattr(word if hasattr(word, key) else word.settings, key) == value, key
 
 
 def words(setups: Mapping[str, Mapping], names: Sequence[str] = ("toy",), **base: object) -> list:
-    return [make_variant(setup, target(name)) for name in names for setup in expand(setups, base)]
+    return [make_variant(setup, concept(name)) for name in names for setup in expand(setups, base)]
 
 
 def test_words_of_the_same_settings_share_a_batch() -> None:
@@ -108,23 +110,23 @@ def test_words_of_the_same_settings_share_a_batch() -> None:
         "e": {"photos": 1},
     }
     groups = group_words(words(setups | {"f": {"per_image": 0.25}}, ("toy", "cup"), steps=5), together=100)
-    assert sorted(len(group.runs) for group in groups) == [2, 10]
+    assert sorted(len(group.words) for group in groups) == [2, 10]
     for group in groups:
-        assert group.settings.per_image == (0.25 if len(group.runs) == 2 else 0)
+        assert group.settings.per_image == (0.25 if len(group.words) == 2 else 0)
     limited = group_words(words(setups, ("toy", "cup"), steps=5), together=4)
-    assert [len(group.runs) for group in limited] == [4, 4, 2]
+    assert [len(group.words) for group in limited] == [4, 4, 2]
 
 
 def test_equal_words_are_learned_once() -> None:
     (group,) = group_words(words({"a": {}, "seed": {"seed": [0, 1]}, "lr": {"lr": 5e-3}}), together=9)
-    assert len(group.runs) == 2
+    assert len(group.words) == 2
 
 
 def test_numbers_of_steps_are_snapshots_of_one_word() -> None:
     (group,) = group_words(words({"steps": {"steps": [2, 8, 4]}}), together=9)
-    assert group.settings.steps == 8 and list(group.runs.values()) == [(2, 4, 8)]
+    assert group.settings.steps == 8 and list(group.words.values()) == [(2, 4, 8)]
     groups = group_words(words({"steps": {"steps": [2, 8]}}, lr_schedule="cosine"), together=9)
-    assert [(group.settings.steps, *group.runs.values()) for group in groups] == [(2, (2,)), (8, (8,))]
+    assert [(group.settings.steps, *group.words.values()) for group in groups] == [(2, (2,)), (8, (8,))]
 
 
 def test_keys_tell_words_apart() -> None:
@@ -139,10 +141,10 @@ def test_concepts_are_chosen_by_set_or_name() -> None:
         "robot": {"init_word": "toy", "set": "final"},
         "riso": {"init_word": "drawing", "set": "final", "kind": "style"},
     }
-    found = read_targets(entries)
+    found = read_concepts(entries)
 
     def choose(choice: str) -> list[str]:
-        return [t.name for t in choose_targets(found, choice, ["object"])]
+        return [c.name for c in choose_concepts(found, choice, ["object"])]
 
     assert choose("final") == ["robot"] and choose("development") == ["imp"]
     assert choose("riso, robot") == ["riso", "robot"]
@@ -163,41 +165,41 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def plan_of(recipe: str, described: str, *flags: str) -> Plan:
+def plan_of(recipe: str, described: str, *flags: str) -> StudyPlan:
     base = study.read_recipe(recipe) | {"concepts": described}
-    return make_plan(study.options().parse([recipe, *flags], required=["checkpoint"], base=base))
+    return study.plan_of(study.options().parse([recipe, *flags], required=["checkpoint"], base=base))
 
 
 @pytest.mark.parametrize("recipe", study.shipped())
 def test_shipped_recipes_make_sense(recipe: str, described: str) -> None:
     full, quick = plan_of(recipe, described), plan_of(recipe, described, "--quick")
-    assert {t.set for t in full.targets} == {"final"} and len(full.targets) == 3
-    assert len(quick.targets) == 1 and quick.protocol.num_images == 8 and quick.protocol.steps == 15
+    assert {c.set for c in full.concepts} == {"final"} and len(full.concepts) == 3
+    assert len(quick.concepts) == 1 and quick.protocol.num_images == 8 and quick.protocol.steps == 15
     assert quick.prompts["rocket"].prompts[0] == full.prompts["rocket"].prompts[0]
-    longest = [max(a.variant.settings.steps for a in plan.asks if a.variant) for plan in (full, quick)]
+    longest = [max(a.variant.settings.steps for a in plan.requests if a.variant) for plan in (full, quick)]
     assert longest[1] == round(longest[0] * 0.4)
     development = plan_of(recipe, described, "--choose", "development")
-    assert [t.name for t in development.targets] == ["imp", "mushroom", "teapot"]
-    texts = [{p.text for p in plan.prompts[plan.targets[0].name].prompts} for plan in (full, development)]
+    assert [c.name for c in development.concepts] == ["imp", "mushroom", "teapot"]
+    texts = [{p.text for p in plan.prompts[plan.concepts[0].name].prompts} for plan in (full, development)]
     assert len(texts[0]) >= (3 if recipe == "table1" else 15)
     assert not texts[0] & texts[1], "defaults are not chosen by the final prompts"
 
 
 def test_figure_10_has_every_setup_of_the_paper(described: str) -> None:
     plan = plan_of("figure10", described)
-    own = {a.name: a.variant for a in plan.asks if a.target.name == "robot"}
+    own = {a.name: a.variant for a in plan.requests if a.concept.name == "robot"}
     assert {own[f"{n} vector{'s' * (n > 1)}"].num_vectors for n in (1, 2, 3)} == {1, 2, 3}
     assert own["3 progressive"].settings.progressive == (400, 800)
     assert own["per-image words"].settings.per_image == 0.25
     assert own["low lr"].lr < own["1 vector"].lr < own["high lr"].lr
     assert own["regularization 0.01"].settings.regularization == 0.01
-    kinds = [a.name for a in plan.asks if a.target.name == "robot" and not a.variant]
+    kinds = [a.name for a in plan.requests if a.concept.name == "robot" and not a.variant]
     assert kinds == ["short caption"] * 2 + ["long caption"] * 2 + ["prompt only"]
 
 
 def test_sizes_of_the_set(described: str) -> None:
     plan = plan_of("set-size", described)
-    assert [a.variant.photos for a in plan.asks if a.variant and a.target.name == "robot"] == [
+    assert [a.variant.photos for a in plan.requests if a.variant and a.concept.name == "robot"] == [
         1,
         2,
         3,
@@ -208,7 +210,7 @@ def test_sizes_of_the_set(described: str) -> None:
 
 
 def test_described_concepts_are_those_of_the_world(described: str) -> None:
-    for name, found in read_targets(described).items():
+    for name, found in read_concepts(described).items():
         if thing := concepts.held_out()[name].thing:
             expected = {"color": thing.color, "color2": thing.color2, "pattern": thing.pattern}
             assert found.facts == expected | {"noun": name}
@@ -437,8 +439,8 @@ def test_an_interrupted_study_goes_on(
     base: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the middle of a batch, then of the pictures, it ends as if it had not been."""
-    monkeypatch.setattr(study_learn, "SAVE_EVERY", 2)
-    step, save, steps, saved = Inversion.step, Store.save, [], []
+    monkeypatch.setattr(learner, "SAVE_EVERY", 2)
+    step, save, steps, saved = Inversion.step, PictureStore.save, [], []
 
     def interrupted_step(self: Inversion, **options: object) -> torch.Tensor:
         steps.append(self.step_count)
@@ -454,7 +456,7 @@ def test_an_interrupted_study_goes_on(
 
     argv = [write_recipe(base, base), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(Inversion, "step", interrupted_step)
-    monkeypatch.setattr(Store, "save", interrupted_save)
+    monkeypatch.setattr(PictureStore, "save", interrupted_save)
     with pytest.raises(KeyboardInterrupt):
         study.main(argv)
     assert steps == [0, 1, 2, 3] and list((tmp_path / "out" / "learning").iterdir())
@@ -462,15 +464,15 @@ def test_an_interrupted_study_goes_on(
         study.main(argv)
     assert steps[4] == 2 and len(saved) == 3  # from the last saving; then into the pictures
     study.main(argv)
-    assert not list((tmp_path / "out" / "learning").iterdir())
+    assert not (tmp_path / "out" / "learning").exists()
     assert result(tmp_path / "out")["outcomes"] == result(done)["outcomes"]
 
 
 def test_two_processes_share_the_work(base: Path, done: Path, tmp_path: Path) -> None:
     """Both learn and make pictures, and what comes out is what one process finds."""
     recipe = write_recipe(base, base)
-    code = "import sys; from minti import cli; from minti.study.probe import Probe; Probe.SIZE = 16; "
-    code += "from minti.study.__main__ import main; cli.run('minti.study', main)"
+    code = "from minti.cli.command import run_command; from minti.study.classifier import Probe; "
+    code += "Probe.SIZE = 16; from minti.study.__main__ import main; run_command('minti.study', main)"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -560,8 +562,8 @@ def test_command_line(base: Path, tmp_path: Path) -> None:
     """One line and exit code 2; and training does not even import the study."""
     recipe = write_recipe(base, tmp_path, setups={"a": {"photo": 9}}, claims=[])
     code = "import sys, minti.train, minti.sample; print([m for m in sys.modules if 'study' in m]); "
-    code += "from minti import cli; from minti.study.__main__ import main; "
-    code += f"sys.argv = ['study', {recipe!r}]; cli.run('minti.study', main)"
+    code += "from minti.cli.command import run_command; from minti.study.__main__ import main; "
+    code += f"sys.argv = ['study', {recipe!r}]; run_command('minti.study', main)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env()
     )
@@ -631,13 +633,25 @@ def test_truth_by_hand() -> None:
         "a red {}": shown(0, 0, 2, 2),  # half do as told; says nothing about the concept's own colour
         "{} and a cup": shown(2, 2, 2, 2),  # not for the probe
     }
-    truth = judge.judge(pictures, {"color": "red"}, "a photo of {}")
+    readings = {template: judge.readings(judge.measure(images)) for template, images in pictures.items()}
+    assert readings == {template: judge.read(images) for template, images in pictures.items()}
+    truth = judge.truth(readings, {"color": "red"}, "a photo of {}")
     red = {"color": Score((0.5 + 1.0) / 2)}  # whatever was not asked to be red
     expected = Truth(Score(0.5), Score(1.0), Score((0.25 + 0.5) / 2), ("{} on the grass", "a red {}"), red)
-    assert truth == expected and truth.kept.margin > 0.2 > truth.kept_edited.margin == 0
-    assert (
-        judge.judge({"a photo of {}": [Image.new("RGB", (8, 8))]}, {"color": "red"}, "a photo of {}") is None
-    )
+    assert truth == expected and truth.kept.margin > 0.2 and truth.kept_edited.margin is None
+    large = judge.measure([Image.new("RGB", (8, 8))])
+    assert large == {} and judge.truth({"a photo of {}": judge.readings(large)}, {"color": "red"}, "") is None
+
+
+def test_the_probe_reads_pictures_and_not_thumbnails(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures larger than a thumbnail are read as they were made, and the readings are kept."""
+    judge, size = Judge(Oracle(FACTS), PHRASES), 4 * THUMBNAIL
+    monkeypatch.setattr(Probe, "SIZE", size)
+    store, job = PictureStore(base / "store"), PictureJob("x", {}, lambda _: [Image.new("RGB", (size, size))])
+    assert job.measure(judge.measure, store)["facts"].tolist() == [[0, 0]]
+    assert store.thumbnails(job)[0].size == (THUMBNAIL, THUMBNAIL)
+    never = PictureJob("x", {}, lambda _: pytest.fail("is made again"))
+    assert judge.readings(never.measure(judge.measure, store)) == [{"color": "red", "background": "grass"}]
 
 
 def test_what_prompts_ask_for() -> None:
@@ -691,54 +705,78 @@ def test_a_damaged_probe_is_named(base: Path, tmp_path: Path) -> None:
 def drawn(value: float, seed: str) -> Score:
     """With a margin of 0.01, and noise of its own."""
     noise = torch.randn(1000, generator=torch.Generator().manual_seed(sum(seed.encode())))
-    return Score(value, value + 0.01 / 1.96 * noise / noise.std())
+    return Score(value, value + 0.01 / 1.96 * noise / noise.std(), 10_000)
 
 
-def outcome(name: str, i: float, t: float, kept: float, concept: str = "toy") -> Outcome:
+def outcome(name: str, i: float, t: float, kept: float, concept: str = "toy", kind: str = "word") -> Outcome:
     scores = [drawn(v, f"{key}{name}{concept}") for key, v in (("i", i), ("t", t), ("p", t))]
-    evaluation = Evaluation(name, "word", *scores, tradeoff=drawn(i * t, name))
-    return Outcome(concept, name, evaluation, Truth(Score(kept), None, Score(kept)))
+    evaluation = Evaluation(name, kind, *scores, tradeoff=drawn(i * t, name))
+    return Outcome(concept, name, evaluation, Truth(drawn(kept, f"k{name}{concept}"), None, Score(kept)))
 
 
 def test_means_by_hand() -> None:
     rows = means(
         [outcome("a", 0.4, 0.2, 0.5), outcome("a", 0.6, 0.4, 1.0, "cat"), outcome("b", 0.1, 0.1, 0.0)]
     )
-    assert [row.name for row in rows] == ["a", "b"] and rows[0].note == "2 concepts"
+    assert [row.name for row in rows] == ["a", "b"] and rows[0].note == "2 concepts" and rows[0].repeats == 1
     assert rows[0].score("clip_i").value == pytest.approx(0.5) and rows[0].score("kept").value == 0.75
     assert rows[0].score("clip_i").margin == pytest.approx(0.01 / 2**0.5, rel=0.1)  # of independent noise
-    assert rows[0].score("kept_edited") is None and rows[0].score("kept").interval is None
+    assert rows[0].score("kept_edited") is None and rows[0].score("followed").interval is None
     (row,) = means([outcome("a", 0.4, 0.2, 0.5), replace(outcome("a", 0.4, 0.2, 0.5, "cat"), diverged=True)])
     assert row.note == "2 concepts, 1 diverged"
+
+
+def test_repeated_words_count_in_the_interval() -> None:
+    """Two words of each of two concepts, 0.1 and 0.2 apart: t of about 1.5 degrees of freedom, by hand."""
+    values = {"toy": (0.45, 0.55), "cat": (0.4, 0.6)}
+    same = [outcome("a", v, 0.2, 0.5, name) for name, two in values.items() for v in two]
+    (row,) = means(same)
+    assert row.note == "2 concepts, 4 words" and row.repeats == 2
+    variances = [(b - a) ** 2 / 4 for a, b in values.values()]  # of the mean of each concept's words
+    dof = sum(variances) ** 2 / sum(v**2 for v in variances)
+    assert row.score("clip_i").dof == pytest.approx(dof, rel=0.05)
+    expected = student_t(dof) * sum(variances) ** 0.5 / 2
+    assert row.score("clip_i").margin == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize(
     "expect, first, verdict",
     [
-        ("at least", "edge", "too close to tell"),
         ("above", "high", "holds"),
         ("above", "low", "does not hold"),
         ("above", "same", "too close to tell"),
-        ("at least", "same", "holds"),
-        ("at least", "near", "holds"),
-        ("at least", "low", "does not hold"),
         ("at least", "high", "holds"),
+        ("at least", "near", "does not hold"),  # no allowance
+        ("at least", "same", "too close to tell"),
+        ("at most", "low", "holds"),
         ("at most", "high", "does not hold"),
-        ("at most", ["low", "high"], "holds"),
+        ("at most", ["low", "high"], "too close to tell"),
     ],
 )
 def test_verdicts(expect: str, first: str | list[str], verdict: str) -> None:
-    """The references are 0.5 apart, so that 0.075 is allowed; `low` and `high` are 0.1 off."""
-    values = {"image only": 0.9, "prompt only": 0.4, "middle": 0.6, "same": 0.605, "near": 0.55, "edge": 0.53}
-    rows = [outcome(name, value, 0.2, 0) for name, value in (values | {"low": 0.5, "high": 0.7}).items()]
-    claim = {"says": "", "first": first, "second": "middle", "score": "clip_i", "expect": expect}
-    assert judge_claims([claim], rows)[0]["verdict"] == verdict
+    """Every score has a margin of 0.01, so that differences up to 0.014 are too close to tell."""
+    values = {"middle": 0.6, "same": 0.605, "near": 0.58, "low": 0.5, "high": 0.7}
+    rows = [outcome(name, value, 0.2, 0) for name, value in values.items()]
+    claim = {"says": "It is.", "first": first, "second": "middle", "score": "clip_i", "expect": expect}
+    (found,) = judge_claims([claim], rows)
+    assert found["verdict"] == verdict and found["for"] == "other pictures of the same words"
+    assert found["margin"] == pytest.approx(0.01 * (1.5 if isinstance(first, list) else 2) ** 0.5, rel=0.1)
+    numbers = claim_numbers(found, "CLIP-I")
+    assert f"{expect} middle 0.600; difference " in numbers and f"± {found['margin']:.3f}" in numbers
+
+
+def test_claims_say_what_their_interval_is_for() -> None:
+    one, two, text = outcome("a", 0.5, 0, 0), outcome("b", 0.7, 0, 0), outcome("c", 0.6, 0, 0, kind="caption")
+    claim = {"says": "", "first": "b", "second": "a", "score": "clip_i", "expect": "above"}
+    for repeats, scope in ((1, "other pictures of the same words"), (2, "words learned anew")):
+        rows = [replace(one, repeats=2), replace(two, repeats=repeats), text]
+        assert judge_claims([claim], rows)[0]["for"] == scope
+        assert judge_claims([claim | {"second": "c"}], rows)[0]["for"] == scope
 
 
 def test_without_a_margin_nothing_is_told() -> None:
-    rows = [outcome(name, 0.5, 0.2, kept) for name, kept in (("a", 0.2), ("b", 0.9), ("image only", 1.0))]
-    rows.append(outcome("prompt only", 0.1, 0.3, 0.0))
-    claim = {"says": "", "first": "b", "second": "a", "score": "kept", "expect": "above"}
+    rows = [outcome(name, 0.5, 0.2, kept) for name, kept in (("a", 0.2), ("b", 0.9))]
+    claim = {"says": "", "first": "b", "second": "a", "score": "followed", "expect": "above"}
     (found,) = judge_claims([claim], rows)
     assert found["verdict"] == "cannot be told" and found["margin"] is None
 
@@ -759,8 +797,7 @@ def test_rank_correlation_is_spearmans() -> None:
 def test_clip_misleads_where_it_prefers_what_is_wrong() -> None:
     good, bad = outcome("good", 0.70, 0.2, 0.9), outcome("bad", 0.80, 0.2, 0.3)
     close, elsewhere = outcome("close", 0.702, 0.2, 0.1), outcome("other", 0.9, 0.2, 0.0, "cat")
-    (found,) = disagreements([good, bad, close, elsewhere], "clip_i", "kept")
-    assert (found.liked, found.right) == (bad, good) and found.gap == pytest.approx(0.6)
+    assert disagreements([good, bad, close, elsewhere], "clip_i", "kept") == [(bad, good)]
 
 
 def test_settings_of_a_group_are_those_asked_for() -> None:

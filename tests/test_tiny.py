@@ -22,7 +22,7 @@ from minti.inversion.start import initial_rows
 from minti.inversion.views import encode_views, make_views
 from minti.judge.scorer import Scorer
 from minti.study.classifier import Judge
-from minti.study.variants import read_targets
+from minti.study.concepts import read_concepts
 from tools.make_tiny.concepts import held_out, pictures
 from tools.make_tiny.world import COLORS
 
@@ -103,7 +103,7 @@ def test_a_word_is_learned(sd: minti.StableDiffusion) -> None:
 def test_the_judge_reads_what_the_concepts_show() -> None:
     """Shape, colours and pattern of their photos, nine times of ten; and knows all that is said of them."""
     judge, right = Judge.load(TINY), []
-    for name, target in read_targets(str(TINY / "concepts" / "concepts.yaml")).items():
+    for name, target in read_concepts(str(TINY / "concepts" / "concepts.yaml")).items():
         judge.check(target.facts, name)
         for reading in judge.read([photo.open() for photo in load_photos(target.images)]):
             right += [reading[fact] == value for fact, value in target.facts.items()]

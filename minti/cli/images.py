@@ -21,12 +21,12 @@ def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 COLUMNS, THUMBNAIL = 8, 128  # of the grids: pictures in a row, and the longer side of each in pixels
 
 
-def thumbnails(images: Iterable[Image.Image]) -> list[Image.Image]:
-    """The pictures, all of one size: smaller if they are large, with white margins if their sizes differ."""
+def thumbnails(images: Iterable[Image.Image], side: int = THUMBNAIL) -> list[Image.Image]:
+    """The pictures, all of one size: at most `side` pixels, with white margins if their sizes differ."""
     small = []
     for image in images:
-        scale = THUMBNAIL / max(image.size)
-        size = [max(1, round(side * scale)) for side in image.size]
+        scale = side / max(image.size)
+        size = [max(1, round(pixels * scale)) for pixels in image.size]
         small.append(image.resize(size, Image.Resampling.LANCZOS) if scale < 1 else image)
     largest = tuple(max(image.size[i] for image in small) for i in (0, 1))
     return [i if i.size == largest else ImageOps.pad(i, largest, color="white") for i in small]

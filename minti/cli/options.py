@@ -35,6 +35,7 @@ class Options:
         )
         self._defaults: dict[str, Any] = {}
         self._lists: set[str] = set()
+        self._aliases: dict[str, str] = {}
         self._groups: dict[str, Any] = {}
         self._file_only: set[str] = set()
         self._parser.add_argument(
@@ -42,20 +43,37 @@ class Options:
         )
         self._parser.add_argument("--set", metavar="KEY=VALUE", action="append", help="set any option")
 
-    def add(self, group: str, flag: str, default: Any = None, *, help: str, **options: Any) -> None:
-        """Declare an option: the arguments of `ArgumentParser.add_argument`, under a heading."""
+    def add(
+        self,
+        group: str,
+        flag: str,
+        default: Any = None,
+        *,
+        help: str,
+        alias: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Declare an option: the arguments of `ArgumentParser.add_argument`, under a heading.
+
+        Args:
+            alias: another name of the flag, which files can use as well.
+        """
         if group not in self._groups:
             self._groups[group] = self._parser.add_argument_group(group)
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif default not in (None, [], ""):
             help += f" (default: {default})"
-        name = flag.removeprefix("--").replace("-", "_")
+        name = _key(flag)
         if isinstance(default, list):
             options["action"] = "append"
             self._lists.add(name)
         self._defaults[name] = default
-        self._groups[group].add_argument(flag, help=help, **options)
+        flags = [flag, alias] if alias else [flag]
+        if alias:
+            self._aliases[_key(alias)] = name
+            options["dest"] = name
+        self._groups[group].add_argument(*flags, help=help, **options)
 
     def add_model(self) -> None:
         """Declare the options that say which model to load, and how; see `load_model`."""
@@ -112,6 +130,7 @@ class Options:
             if not equals:
                 raise InputError(f"--set {pair}: write KEY=VALUE")
             config[key.strip().replace("-", "_")] = _list_or_text(value)
+        config = {self._aliases.get(key, key): value for key, value in config.items()}
         passed_on = {key: config.pop(key, None) for key in self._file_only}
         values = self._defaults | passed_on | self.check(config) | flags
         if missing := [f"--{key.replace('_', '-')}" for key in required if values[key] in (None, [])]:
@@ -151,6 +170,11 @@ class Options:
                     raise InputError(f"{flag}: {value!r} is not a single value; put text between quotes")
                 flags += [f"{flag}={v}" for v in values]
         return flags
+
+
+def _key(flag: str) -> str:
+    """The key of a flag in files."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def _list_or_text(text: str) -> Any:

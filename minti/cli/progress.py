@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 import time
 
+log = logging.getLogger(__name__)
+
 
 class Progress:
-    """How far a long job is: a bar where tqdm is installed, otherwise a line every few seconds."""
+    """How far a long job is: a bar where tqdm is installed, otherwise a line every few seconds.
+
+    Args:
+        total, done: how many units of work there are in all, and how many of them are finished already.
+        unit: what a unit is called.
+        estimate_after: log how long all will take after so many units, if that is more than a minute.
+    """
 
     EVERY = 5.0  # seconds
 
-    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, total: int, unit: str, done: int = 0, estimate_after: int = 0) -> None:
         self.total, self.unit, self.done = total, unit, done
-        self._first = done
+        self._first, self._estimate_at = done, done + estimate_after
         self._start = self._last = time.monotonic()
         self._bar = None
         if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
@@ -25,6 +34,12 @@ class Progress:
     def step(self, note: str = "") -> None:
         """One more unit of work is done."""
         self.done += 1
+        if self.done == self._estimate_at != self._first:
+            rate = (time.monotonic() - self._start) / (self.done - self._first)
+            if (seconds := rate * (self.total - self._first)) > 60:
+                log.info(
+                    "about %.1f hours for all %d %ss on this machine", seconds / 3600, self.total, self.unit
+                )
         if self._bar is not None:
             self._bar.set_postfix_str(note)
             self._bar.update()

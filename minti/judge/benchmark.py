@@ -1,7 +1,7 @@
-"""How well a learned word works: the two scores of the paper (arXiv 2208.01618, section 5).
+"""How well a learned word works: the two scores of the paper (Gal et al. 2022, arXiv 2208.01618, section 5).
 
-A `Benchmark` holds what words for one concept are measured by, its photos and the prompts; `evaluate_word`
-makes pictures with a word and scores them. `python -m minti.evaluate` does it for files, see `evaluate.py`.
+A `Benchmark` holds what the words for one concept are compared with: its photos and the prompts.
+`evaluate_word` makes pictures with a word and scores them; `python -m minti.evaluate` does so for files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from ..model.stable_diffusion import StableDiffusion
-from .picture_jobs import PAPER, Job, Protocol, Store, Tick, file_name, models, prompt_job
+from .picture_jobs import (
+    PAPER,
+    OnStep,
+    PictureJob,
+    PictureStore,
+    Protocol,
+    file_name,
+    models_of,
+    prompt_job,
+)
 from .prompts import PromptList, fill
 from .scorer import Scorer
 from .scores import Score, bootstrap, clip_i, clip_t, clip_t_pairwise, combine, image_only
@@ -24,8 +33,8 @@ Statistic = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Row:
-    """The scores of one prompt. That for reconstruction has no CLIP-T."""
+class PromptScores:
+    """The scores of one prompt; CLIP-T is None for the prompt for reconstruction."""
 
     prompt: str
     group: str
@@ -37,15 +46,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What became of one way of asking for the concept.
+    """The scores of one way of asking for the concept.
 
     Attributes:
         name: the word, "step 500", a caption, ...
         kind: "word", "caption", "image only" or "prompt only".
-        clip_i: of the pictures of the reconstruction prompt.
-        clip_t, clip_t_pairwise: mean over the other prompts; None if there are none.
-        rows: each prompt by itself, the one for reconstruction first.
-        tradeoff: see the function of that name.
+        clip_i: CLIP-I of the pictures of the prompt for reconstruction.
+        clip_t, clip_t_pairwise: means over the other prompts; None if there are no others.
+        prompts: the scores of each prompt, the one for reconstruction first.
+        tradeoff: what the function `tradeoff` returns.
     """
 
     name: str
@@ -53,18 +62,19 @@ class Evaluation:
     clip_i: Score
     clip_t: Score | None
     clip_t_pairwise: Score | None
-    rows: Sequence[Row] = ()
+    prompts: Sequence[PromptScores] = ()
     tradeoff: Score | None = None
 
 
 @dataclass
 class Benchmark:
-    """What words for one concept are measured by.
+    """What the words for one concept are compared with.
 
     Attributes:
-        photos: (M, P) embeddings, of unit length.
-        prompts: see `PromptList`.
-        texts: prompt -> (P,) embedding of what is left of it without the word; not of the reconstruction's.
+        photos: (M, P) embeddings of unit length.
+        prompts: the prompts that words are tried in.
+        texts: prompt -> (P,) embedding of its text without the word, for all prompts but the one for
+            reconstruction.
     """
 
     photos: Tensor
@@ -73,7 +83,7 @@ class Benchmark:
 
     @classmethod
     def make(cls, scorer: Scorer, photos: Iterable[Image.Image], prompts: PromptList) -> Benchmark:
-        """Embed photos, RGB and of any size, and prompts."""
+        """Embed the photos, RGB and of any size, and the prompts."""
         templates = [prompt.text for prompt in prompts.prompts]
         texts = scorer.embed_texts([fill(t, "") for t in templates]) if templates else ()
         return cls(scorer.embed_images(photos), prompts, dict(zip(templates, texts, strict=True)))
@@ -81,11 +91,12 @@ class Benchmark:
     def score(
         self, embeddings: Mapping[str, Tensor], name: str, kind: str = "word", seed: int = 0
     ) -> Evaluation:
-        """Scores of pictures.
+        """The scores of pictures.
 
         Args:
-            embeddings: prompt -> (N, P) pictures of it, for every template of `prompts`.
-            seed: of the bootstrap.
+            embeddings: prompt -> (n, P) embeddings of its pictures, for every template of `prompts`.
+            name, kind: those of the evaluation.
+            seed: of the draws for the intervals; see `scores.bootstrap`.
         """
 
         def score(statistic: Statistic, templates: Sequence[str]) -> Score | None:
@@ -93,20 +104,22 @@ class Benchmark:
             terms = [(partial(statistic, embeddings[t], other[t]), len(embeddings[t])) for t in templates]
             return bootstrap(terms, seed) if terms else None
 
-        rows = []
         groups = {prompt.text: prompt.group for prompt in self.prompts.prompts}
+        prompts = []
         for template in self.prompts.templates:
             edited = [template] if template in self.texts else []
             scores = score(clip_i, [template]), score(clip_t, edited), score(clip_t_pairwise, edited)
-            rows.append(
-                Row(template, groups.get(template, "reconstruction"), len(embeddings[template]), *scores)
-            )
+            group, count = groups.get(template, "reconstruction"), len(embeddings[template])
+            prompts.append(PromptScores(template, group, count, *scores))
         edits = list(self.texts)
         mean = score(clip_t, edits), score(clip_t_pairwise, edits)
-        return Evaluation(name, kind, score(clip_i, [self.prompts.reconstruction]), *mean, rows)
+        return Evaluation(name, kind, score(clip_i, [self.prompts.reconstruction]), *mean, prompts)
 
     def image_only(self) -> Evaluation:
-        """The photos as if they had been generated, whatever the prompt. Pairs are of different photos."""
+        """The scores of the photos themselves, as if they had been generated for every prompt.
+
+        CLIP-I is of pairs of different photos.
+        """
         uniform = torch.full((1, len(self.photos)), 1 / len(self.photos))
 
         def mean(statistic: Statistic) -> Score | None:
@@ -119,25 +132,26 @@ class Benchmark:
 
 def word_jobs(
     sd: StableDiffusion,
-    scorer: Scorer,
     prompts: PromptList,
     word: str,
-    protocol: Protocol = PAPER,
+    protocol: Protocol,
+    inputs: Mapping[str, str],
     *,
     name: str | None = None,
-) -> dict[str, Job]:
-    """The pictures that an evaluation of a word needs, by prompt; for `Job.embed`, in any order or process.
+) -> dict[str, PictureJob]:
+    """The pictures that an evaluation of a word needs, by prompt.
 
     Args:
         word: a word that `sd` knows, or any text in its place: a caption, or "" for no word at all.
-        name: its folder in a store; by default made of the word.
+        inputs: what pictures and measurements depend on beside prompt and protocol; see `models_of`.
+        name: the name of the folder in a store; by default made of the word.
 
     Raises:
         InputError: a prompt has no room for the word.
     """
-    folder, about = file_name(word if name is None else name), models(sd, scorer)
+    folder = file_name(word if name is None else name)
     return {
-        t: prompt_job(sd, fill(t, word), protocol, about, f"{folder}/{file_name(t)}")
+        t: prompt_job(sd, fill(t, word), protocol, inputs, f"{folder}/{file_name(t)}")
         for t in prompts.templates
     }
 
@@ -151,29 +165,31 @@ def evaluate_word(
     *,
     name: str | None = None,
     kind: str = "word",
-    store: Store | None = None,
-    tick: Tick = lambda: None,
+    store: PictureStore | None = None,
+    on_step: OnStep = lambda: None,
 ) -> Evaluation:
     """Make pictures with a word in every prompt of a benchmark, and score them.
 
     Args:
-        word, name: see `word_jobs`; the name is also that of the evaluation.
-        store: keeps the pictures; what is finished there is not made again.
-        tick: called after each step of each batch.
+        word: see `word_jobs`.
+        name, kind: those of the evaluation; by default the word is the name.
+        store: keeps the pictures; what is finished in it is not made again.
+        on_step: called after each step of each batch.
     """
-    jobs = word_jobs(sd, scorer, benchmark.prompts, word, protocol, name=name)
-    embeddings = {template: job.embed(scorer, store, tick) for template, job in jobs.items()}
+    jobs = word_jobs(sd, benchmark.prompts, word, protocol, models_of(sd, scorer), name=name)
+    embeddings = {t: job.measure(scorer.measure, store, on_step)["embeddings"] for t, job in jobs.items()}
     return benchmark.score(embeddings, word if name is None else name, kind, protocol.seed)
 
 
 def tradeoff(evaluation: Evaluation, image_only: Evaluation, prompt_only: Evaluation) -> Score | None:
     """One number for reconstruction and editability: their harmonic mean, on the scale of the references.
 
-    CLIP-I and CLIP-T have ranges of their own, in which a hundredth may be much or little. So each is
-    measured from the reference that ignores it (0) to the one that cares for nothing else (1): CLIP-I from
-    Prompt Only to Image Only, CLIP-T from Image Only to Prompt Only. The harmonic mean is small where either
-    is, so that neither reference scores more than 0; half way on both is 0.5. None if the references span no
-    scale.
+    CLIP-I and CLIP-T have different ranges. So each is measured from the reference that ignores it (0) to the
+    reference that ignores the other (1): CLIP-I from Prompt Only to Image Only, CLIP-T from Image Only to
+    Prompt Only. The harmonic mean is small where either is, so each reference has 0; half way on both is 0.5.
+
+    Returns:
+        The score; None if a CLIP-T is missing, or if the references are not in this order.
     """
     if not (evaluation.clip_t and image_only.clip_t and prompt_only.clip_t):
         return None
@@ -200,7 +216,7 @@ def with_tradeoffs(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def best(evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    """The word with the best trade-off, or the only word; None if nothing tells which of them is better."""
+    """The word with the highest trade-off, or the only word; None if there is no trade-off to compare."""
     words = [e for e in evaluations if e.kind == "word"]
     scored = [e for e in words if e.tradeoff is not None]
     return words[0] if len(words) == 1 else max(scored, key=lambda e: e.tradeoff.value, default=None)

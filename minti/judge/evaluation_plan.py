@@ -1,52 +1,50 @@
-"""What `minti.evaluate` is asked to score, as jobs: words, captions, references in every prompt; or files."""
+"""What an evaluation scores: words, captions and references in every prompt, or pictures in files."""
 
 from __future__ import annotations
 
-import argparse
 import csv
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..cli.model_options import load_model
 from ..errors import InputError
-from ..formats.checkpoint import choose_device
 from ..formats.concept import Concept
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import clean, replace_words
-from ..runs.verdict import Run
-from ..version import __version__
 from .benchmark import word_jobs
-from .picture_jobs import Job, Protocol, file_name, files_job
+from .picture_jobs import PictureJob, Protocol, file_name, files_job, models_of
 from .prompts import Prompt, PromptList, check_prompt, fill, load_prompts
-from .scorer import Scorer, choose_clip
+from .scorer import Scorer
 
-SMALL_VOCABULARY = 10_000  # words; a model that knows fewer cannot know what ordinary prompts speak of
+SMALL_VOCABULARY = 10_000  # words; a model that knows fewer does not know what ordinary prompts speak of
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One way of asking for the concept: what is put in the place of {}."""
+    """One way of asking for the concept.
+
+    Attributes:
+        name, kind: those of its `Evaluation`.
+        text: what is put in the place of {}.
+    """
 
     name: str
-    kind: str  # as of `Evaluation`
+    kind: str
     text: str
 
 
 @dataclass
-class Plan:
-    """Everything that is to be done; nothing has been made or written yet.
+class EvaluationPlan:
+    """Everything that an evaluation has to do; nothing has been made or written yet.
 
     Attributes:
-        jobs: for each subject, the pictures of every prompt.
-        model, settings: for the record.
+        jobs: for each subject the pictures of every prompt.
+        settings: how the pictures are made, for the record.
     """
 
-    scorer: Scorer
     prompts: PromptList
-    jobs: dict[Subject, dict[str, Job]]
-    model: dict[str, Any]
+    jobs: dict[Subject, dict[str, PictureJob]]
     settings: dict[str, Any]
 
 
@@ -54,54 +52,36 @@ class Plan:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def plan_generation(args: argparse.Namespace, style: bool) -> Plan:
-    """Pictures of every word, caption and reference in every prompt.
+def find_words(argument: str) -> list[Path]:
+    """The files that an argument of --concept names: a file; or the saved steps of a run, and its last word.
 
-    Args:
-        style: the word was learned from templates for a style.
+    The last word is that of `learned_embeds.safetensors`. It is left out if it equals one of the steps.
 
     Raises:
-        InputError: whatever is missing or does not fit together.
+        InputError: a folder without a learned word; a file that cannot be read.
     """
-    if args.checkpoint is None or not (args.concept or args.caption):
-        raise InputError("--checkpoint and --concept must be given (or --samples); see --help")
-    clip = choose_clip(args.clip, args.checkpoint)
-    paths = [path for argument in args.concept for path in find_words(argument)]
-    concepts = [Concept.load(path) for path in paths]
-    sd = load_model(args)
-    sd.schedule.timesteps(args.steps)
-    if args.compile:
-        sd.compile()
-    scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
-    name, prompts = choose_prompts(args, sd, style)
-    subjects = add_words(sd, paths, concepts)
-    subjects += [Subject(caption, "caption", caption) for caption in dict.fromkeys(args.caption)]
-    if args.references:
-        subjects.append(Subject("prompt only", "prompt only", ""))
-    protocol = Protocol(**{key: getattr(args, key) for key in Protocol.__dataclass_fields__})
-    jobs = {s: word_jobs(sd, scorer, prompts, s.text, protocol, name=s.name) for s in subjects}
-    model = {"checkpoint": str(args.checkpoint), "dtype": str(sd.dtype).removeprefix("torch.")}
-    settings = asdict(protocol) | {"size": list(sd.check_size(args.size)), "prompts": name}
-    del settings["batch_size"]
-    return Plan(scorer, prompts, jobs, model | _judge(clip), settings)
-
-
-def find_words(argument: str) -> list[Path]:
-    """The files that an argument of --concept means: itself, or the saved steps of a run."""
     path = Path(argument)
     if not path.is_dir():
         return [path]
-    steps = Run(path).numbered("embeds", "safetensors") or sorted(path.glob("step-*.safetensors"))
+    steps = next(filter(None, (sorted(f.glob("step-*.safetensors")) for f in (path / "embeds", path))), [])
+    steps = [step for step in steps if step.stem.removeprefix("step-").isdecimal()]
     final = path / "learned_embeds.safetensors"
-    if not steps and not final.exists():
-        raise InputError(f"{path}: no learned word in it; give the folder of a run, or a file")
-    return steps or [final]
+    if not final.exists():
+        if not steps:
+            raise InputError(f"{path}: no learned word in it; give the folder of a run, or a file")
+        return steps
+    last = Concept.load(final).digest
+    return steps if any(Concept.load(step).digest == last for step in steps) else [*steps, final]
 
 
-def add_words(sd: StableDiffusion, paths: Sequence[Path], concepts: Sequence[Concept]) -> list[Subject]:
-    """Teach the model all words at once, each under a name of its own that no prompt contains by chance."""
+def add_words(sd: StableDiffusion, words: Sequence[tuple[Path, Concept]]) -> list[Subject]:
+    """Teach the model all words at once, each under a name of its own that no prompt contains by chance.
+
+    Raises:
+        InputError: a word was learned for another kind of model.
+    """
     found = []
-    for i, (path, concept) in enumerate(zip(paths, concepts, strict=True)):
+    for i, (path, concept) in enumerate(words):
         internal = f"<{concept.placeholder.strip('<>')}#{i}>"
         try:
             sd.add_concept(Concept(internal, concept.vectors))
@@ -117,75 +97,101 @@ def add_words(sd: StableDiffusion, paths: Sequence[Path], concepts: Sequence[Con
     ]
 
 
-def choose_prompts(args: argparse.Namespace, sd: StableDiffusion, style: bool) -> tuple[str, PromptList]:
-    """The list of prompts and its name; "auto" goes by what was learned and by how much the model knows."""
-    name = args.prompts
-    if name == "auto":
-        small = len(sd.vocabulary) < SMALL_VOCABULARY
-        name = ("tiny-style" if style else "tiny") if small else ("style" if style else "object")
+def plan_generation(
+    sd: StableDiffusion,
+    scorer: Scorer,
+    subjects: Sequence[Subject],
+    prompts: PromptList,
+    protocol: Protocol,
+) -> EvaluationPlan:
+    """Pictures of every subject in every prompt.
+
+    Raises:
+        InputError: a prompt has no room for a word; the size or the number of steps does not suit the model.
+    """
+    inputs = models_of(sd, scorer)
+    jobs = {s: word_jobs(sd, prompts, s.text, protocol, inputs, name=s.name) for s in subjects}
+    settings = asdict(protocol) | {"size": list(sd.check_size(protocol.size))}
+    del settings["batch_size"]
+    return EvaluationPlan(prompts, jobs, settings)
+
+
+def list_name(name: str, sd: StableDiffusion, style: bool) -> str:
+    """The name of a list of prompts; "auto" depends on what was learned and on the model's vocabulary.
+
+    Args:
+        style: the word was learned in the templates for a style.
+    """
+    if name != "auto":
+        return name
+    if len(sd.vocabulary) < SMALL_VOCABULARY:
+        return "tiny-style" if style else "tiny"
+    return "style" if style else "object"
+
+
+def choose_prompts(name: str, reconstruction: str | None) -> PromptList:
+    """A list of prompts, with another one for reconstruction if that is given. Raises InputError."""
     prompts = load_prompts(name)
-    if args.reconstruction_prompt is not None:
-        check_prompt(args.reconstruction_prompt, "--reconstruction-prompt")
-        others = [p for p in prompts.prompts if p.text != args.reconstruction_prompt]
-        prompts = PromptList(others, args.reconstruction_prompt)
-    return name, prompts
-
-
-def _judge(clip: str) -> dict[str, str]:
-    return {"clip": str(clip), "minti": __version__}
+    if reconstruction is None:
+        return prompts
+    check_prompt(reconstruction, "--reconstruction-prompt")
+    others = [prompt for prompt in prompts.prompts if prompt.text != reconstruction]
+    return replace(prompts, prompts=others, reconstruction=reconstruction)
 
 
 # Pictures of other tools
 # ----------------------------------------------------------------------------------------------------------
 
 
-def plan_samples(args: argparse.Namespace) -> Plan:
-    """Pictures that are there, by the prompts that they were made of.
+def plan_samples(
+    scorer: Scorer, folder: Path, placeholder: str, reconstruction: str | None
+) -> EvaluationPlan:
+    """Pictures that exist already, by the prompts that they were made from.
+
+    Args:
+        folder: the pictures and their prompts.csv; see `read_samples`.
+        placeholder: the learned word in those prompts.
+        reconstruction: the prompt that only names the concept, with {}; by default that of a `PromptList`.
 
     Raises:
-        InputError: whatever is missing or does not fit together.
+        InputError: the table cannot be used, or has no picture of the prompt for reconstruction.
     """
-    if args.placeholder is None or args.concept or args.caption:
-        raise InputError("--samples goes with --placeholder, and without --concept and --caption")
-    clip = choose_clip(args.clip, args.checkpoint)
-    paths = read_samples(Path(args.samples), args.placeholder)
-    reconstruction = fill(clean(args.reconstruction_prompt or PromptList(()).reconstruction), "{}")
+    paths = read_samples(folder, placeholder)
+    reconstruction = fill(clean(reconstruction or PromptList(()).reconstruction), "{}")
     if reconstruction not in paths:
         raise InputError(
-            f"{args.samples}: no picture of {fill(reconstruction, args.placeholder)!r} to compare with the "
-            "photos; say with --reconstruction-prompt 'TEXT with {}' which prompt only names the thing"
+            f"{folder}: no picture of {fill(reconstruction, placeholder)!r} to compare with the photos; "
+            "say with --reconstruction-prompt 'TEXT with {}' which prompt only names the thing"
         )
     prompts = PromptList([Prompt(t) for t in paths if t != reconstruction], reconstruction)
-    scorer = Scorer.load(clip, device=choose_device(args.device), tokenizer=args.clip_tokenizer)
-    subject = Subject(args.placeholder, "word", args.placeholder)
-    folder = file_name(subject.name)
-    jobs = {t: files_job(scorer, paths[t], f"{folder}/{file_name(t)}") for t in prompts.templates}
-    return Plan(scorer, prompts, {subject: jobs}, {"samples": str(args.samples)} | _judge(clip), {})
+    name = file_name(placeholder)
+    jobs = {t: files_job(scorer, paths[t], f"{name}/{file_name(t)}") for t in prompts.templates}
+    return EvaluationPlan(prompts, {Subject(placeholder, "word", placeholder): jobs}, {})
 
 
-def read_samples(folder: Path, placeholder: str) -> dict[str, list[Path]]:
+def read_samples(folder: Path, placeholder: str) -> Mapping[str, list[Path]]:
     """prompts.csv: each prompt, cleaned and with {} for the word, and its pictures.
 
     Raises:
-        InputError: no such file, a row that is incomplete, a picture that is not there, a prompt without the
-            word or with nothing else.
+        InputError: there is no such file; a row is incomplete; a picture does not exist; a prompt lacks the
+            word, or says nothing else.
     """
     path = folder / "prompts.csv"
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            entries = list(csv.DictReader(file))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); it should list file, prompt") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not a table in CSV ({error})") from None
     found: dict[str, list[Path]] = {}
-    for number, row in enumerate(rows, 2):
-        if not row.get("file") or not row.get("prompt"):
+    for number, entry in enumerate(entries, 2):
+        if not entry.get("file") or not entry.get("prompt"):
             raise InputError(f"{path}: row {number} lacks file or prompt; the first row is: file,prompt")
-        picture = folder / row["file"]
+        picture = folder / entry["file"]
         if not picture.is_file():
-            raise InputError(f"{path}: row {number} names {row['file']}, which is not there")
-        template = fill(replace_words(row["prompt"], [placeholder], "{}"), "{}")
+            raise InputError(f"{path}: row {number} names {entry['file']}, which is not there")
+        template = fill(replace_words(entry["prompt"], [placeholder], "{}"), "{}")
         check_prompt(template, f"{path}: row {number}, with {{}} for {placeholder!r}")
         found.setdefault(template, []).append(picture)
     if not found:

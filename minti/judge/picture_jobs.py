@@ -1,13 +1,12 @@
-"""Pictures made in order to be judged: how they are made, and how finished ones are kept."""
+"""Pictures that are made in order to be scored: how they are made, what is measured, what is kept."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..cli.images import COLUMNS, image_grid, thumbnails
+from ..cli.images import COLUMNS, THUMBNAIL, encode_png, image_grid, thumbnails
 from ..cli.processes import Processes
 from ..cli.progress import Progress
 from ..formats.atomic import write_atomically
@@ -28,53 +27,68 @@ from .scorer import Scorer
 
 log = logging.getLogger(__name__)
 
-Tick = Callable[[], None]  # called after every step of a long job
+OnStep = Callable[[], None]  # called after each step of a long job
+Measure = Callable[[Sequence[Image.Image]], dict[str, Tensor]]
+"""Takes n pictures and returns what is known of them, each tensor with n rows; see `Scorer.measure`."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How pictures are made in order to be scored. The defaults are the paper's (arXiv 2208.01618)."""
+    """How pictures are made in order to be scored. The defaults are those of arXiv 2208.01618, section 5.
 
-    num_images: int = 64  # of each prompt; picture i has seed + i
+    Attributes:
+        num_images: pictures of each prompt; picture i has the seed `seed + i`.
+        steps: DDIM steps.
+        size: in pixels, or (width, height); None: what the model was trained on.
+        batch_size: pictures at a time; it changes memory and speed, not the pictures.
+    """
+
+    num_images: int = 64
     steps: int = 50
     guidance_scale: float = 5.0
     eta: float = 0.0
     seed: int = 0
-    size: int | tuple[int, int] | None = None  # pixels; None: what the model was trained on
-    batch_size: int = 8  # changes memory and speed, not the pictures
+    size: int | tuple[int, int] | None = None
+    batch_size: int = 8
 
 
 PAPER = Protocol()
 
 
 @dataclass(frozen=True)
-class Job:
-    """One prompt whose pictures are wanted.
+class PictureJob:
+    """The pictures of one prompt.
 
     Attributes:
-        name: under which a store keeps them.
-        about: all that they and their embeddings depend on, as JSON has it.
-        make: makes the pictures, and calls what it is given `ticks` times.
+        name: the name under which a store keeps them.
+        inputs: all that the pictures and their measurements depend on, as JSON can hold it.
+        make: makes the pictures, and calls its argument `steps` times.
+        num_images, steps: how many pictures, and how many calls of the UNet, there are to make.
+        disk: bytes that the store needs for it, at most.
     """
 
     name: str
-    about: Mapping[str, Any]
-    make: Callable[[Tick], list[Image.Image]]
-    ticks: int = 1
+    inputs: Mapping[str, Any]
+    make: Callable[[OnStep], list[Image.Image]]
+    num_images: int = 0
+    steps: int = 1
+    disk: int = 0
 
-    def embed(self, scorer: Scorer, store: Store | None = None, tick: Tick = lambda: None) -> Tensor:
-        """(N, P) embeddings of the pictures: from the store, or else made, and then kept there."""
+    def measure(
+        self, measure: Measure, store: PictureStore | None = None, on_step: OnStep = lambda: None
+    ) -> dict[str, Tensor]:
+        """What `measure` says of the pictures: from the store if it is there, otherwise made, and kept."""
         if store and (kept := store.load(self)) is not None:
             return kept
-        images = self.make(tick)
-        embeddings = scorer.embed_images(images)
+        images = self.make(on_step)
+        found = measure(images)
         if store:
-            store.save(self, embeddings, images)
-        return embeddings
+            store.save(self, found, images)
+        return found
 
 
-def models(sd: StableDiffusion, scorer: Scorer) -> dict[str, str]:
-    """What tells the models apart that make and judge pictures."""
+def models_of(sd: StableDiffusion, scorer: Scorer) -> dict[str, str]:
+    """Hashes of the models that make and judge pictures, and the dtype of the first."""
     return {
         "model": model_hash(sd.text_encoder, sd.unet, sd.vae),
         "dtype": str(sd.dtype),
@@ -83,112 +97,134 @@ def models(sd: StableDiffusion, scorer: Scorer) -> dict[str, str]:
 
 
 def prompt_job(
-    sd: StableDiffusion, prompt: str, protocol: Protocol, about: Mapping[str, Any], name: str
-) -> Job:
-    """Pictures that a model makes of a prompt.
+    sd: StableDiffusion, prompt: str, protocol: Protocol, inputs: Mapping[str, Any], name: str
+) -> PictureJob:
+    """The pictures that a model makes of a prompt.
 
-    The prompt, and with it the learned word, is known by the vectors that the text encoder looks up for it.
+    The prompt, with the learned words in it, is identified by the vectors that the text encoder looks up.
 
     Args:
-        about: what else the pictures depend on, see `models`.
+        inputs: what else the pictures and their measurements depend on; see `models_of`.
 
     Raises:
-        InputError: the prompt has no room for the word; an impossible size.
+        InputError: the prompt has no room for the word, or the size does not suit the model.
     """
     vectors = sd.look_up(sd.tokenizer([prompt]).to(sd.device)).detach().float()
-    prompt_hash = hashlib.sha256(vectors.cpu().numpy().tobytes()).hexdigest()[:12]
-    size = list(sd.check_size(protocol.size))
-    about = {**about, **asdict(protocol), "size": size, "prompt": prompt_hash}
-    del about["batch_size"]
-    batches = -(-protocol.num_images // protocol.batch_size)
-    return Job(name, about, partial(make_pictures, sd, prompt, protocol), batches * protocol.steps)
-
-
-def make_pictures(sd: StableDiffusion, prompt: str, protocol: Protocol, tick: Tick) -> list[Image.Image]:
-    """The pictures of one prompt, those of `sd.sample`; `tick` is called after each step of each batch."""
-    how = {key: getattr(protocol, key) for key in ("steps", "guidance_scale", "eta", "size")}
-    seeds = range(protocol.seed, protocol.seed + protocol.num_images)
-    images = []
-    for i in range(0, len(seeds), protocol.batch_size):
-        batch = seeds[i : i + protocol.batch_size]
-        for x_t in sd.denoise([prompt] * len(batch), batch, **how):
-            latents = x_t
-            tick()
-        images += sd.decode_latents(latents)
-    return images
-
-
-def files_job(scorer: Scorer, paths: Sequence[Path], name: str) -> Job:
-    """Pictures that are there already, as files."""
-    stats = [path.stat() for path in paths]
-    files = [[str(p), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
-
-    def read(tick: Tick) -> list[Image.Image]:
-        images = [open_image(path) for path in paths]
-        tick()
-        return images
-
-    return Job(name, {"files": files, "clip": model_hash(scorer.image_encoder)}, read)
-
-
-def file_name(text: str) -> str:
-    """A name for people, and one that no two texts share."""
-    readable = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    return "-".join(
-        [*"-".join(readable)[:40].strip("-").split(), hashlib.sha256(text.encode()).hexdigest()[:6]]
+    width, height = sd.check_size(protocol.size)
+    inputs = {**inputs, **asdict(protocol), "size": [width, height], "prompt": _hash(vectors)}
+    del inputs["batch_size"]
+    n = protocol.num_images
+    return PictureJob(
+        name,
+        inputs,
+        partial(make_pictures, sd, prompt, protocol),
+        num_images=n,
+        steps=protocol.steps * -(-n // protocol.batch_size),
+        disk=n * (3 * min(width, THUMBNAIL) * min(height, THUMBNAIL) + 4 * 1024),
     )
 
 
-def make_all(jobs: Iterable[Job], scorer: Scorer, store: Store, processes: Processes) -> None:
-    """Make and embed every picture that is not there yet; every process takes its share of the jobs."""
-    todo = {job.name: job for job in jobs if store.load(job) is None}
-    log.info("%d sets of pictures are still to be made", len(todo))
-    mine = processes.share(list(todo.values()))
-    progress = Progress(sum(job.ticks for job in mine), "sampling step")
+def make_pictures(sd: StableDiffusion, prompt: str, protocol: Protocol, on_step: OnStep) -> list[Image.Image]:
+    """The pictures of one prompt; the same ones as those of `sd.sample`."""
+    each = [(prompt, protocol.seed + i) for i in range(protocol.num_images)]
+    options = {f.name: getattr(protocol, f.name) for f in fields(protocol)}
+    del options["num_images"], options["seed"]
+    return list(sd.sample_each(each, on_step=on_step, **options))
+
+
+def files_job(scorer: Scorer, paths: Sequence[Path], name: str) -> PictureJob:
+    """Pictures that exist already, as files."""
+    stats = [path.stat() for path in paths]
+    files = [[str(p), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
+
+    def read(on_step: OnStep) -> list[Image.Image]:
+        images = [open_image(path) for path in paths]
+        on_step()
+        return images
+
+    inputs = {"files": files, "clip": model_hash(scorer.image_encoder)}
+    return PictureJob(name, inputs, read, num_images=len(paths))
+
+
+def file_name(text: str) -> str:
+    """A readable file name for a text, with a hash at the end, so that no two texts have the same."""
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    readable = "-".join(words)[:40].strip("-")
+    return "-".join(filter(None, [readable, hashlib.sha256(text.encode()).hexdigest()[:6]]))
+
+
+def make_all(
+    jobs: Iterable[PictureJob],
+    measure: Measure,
+    store: PictureStore,
+    processes: Processes,
+    first_batch: int = 1,
+) -> None:
+    """Make and measure all pictures that the store lacks; every process takes its share of the jobs.
+
+    Args:
+        first_batch: the steps after which the time of all is estimated.
+    """
+    todo = list({job.name: job for job in jobs if store.load(job) is None}.values())
+    log.info("To make: %s", cost(todo))
+    mine = processes.share(todo)
+    progress = Progress(sum(job.steps for job in mine), "sampling step", estimate_after=first_batch)
     try:
         for job in mine:
-            job.embed(scorer, store, progress.step)
+            job.measure(measure, store, progress.step)
     finally:
         progress.close()
     processes.wait()
 
 
-class Store:
-    """The pictures of finished jobs in a folder: as embeddings, and small in a grid, `<name>.png`.
+def cost(jobs: Sequence[PictureJob]) -> str:
+    """What jobs cost, for people."""
+    pictures, steps, disk = (sum(getattr(j, key) for j in jobs) for key in ("num_images", "steps", "disk"))
+    return f"{pictures:,} pictures in {steps:,} calls of the UNet, at most {disk / 1e6:,.0f} MB on disk"
 
-    A job counts as finished once its embeddings are there, which are written last and in one piece.
+
+class PictureStore:
+    """What is left of the pictures of finished jobs, in a folder.
+
+    `NAME.png` shows small versions of the pictures; `NAME.safetensors` holds the measurements and is written
+    last, in one piece. A job is finished if that file exists and names the same inputs.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def load(self, job: Job) -> Tensor | None:
-        """The (N, P) embeddings, if they are there and were made just as the job wants them."""
+    def load(self, job: PictureJob) -> dict[str, Tensor] | None:
+        """The measurements of a job; None unless it is finished."""
         try:
             with safe_open(self.folder / f"{job.name}.safetensors", framework="pt") as file:
-                same = (file.metadata() or {}).get("about") == _text(job.about)
-                return file.get_tensor("embeddings") if same else None
+                if (file.metadata() or {}).get("inputs") != _json(job.inputs):
+                    return None
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
 
-    def save(self, job: Job, embeddings: Tensor, images: Sequence[Image.Image]) -> None:
+    def save(
+        self, job: PictureJob, measurements: Mapping[str, Tensor], images: Sequence[Image.Image]
+    ) -> None:
         """Keep what a job made. Raises OSError if it cannot be written."""
-        buffer = io.BytesIO()
-        image_grid(thumbnails(images), COLUMNS).save(buffer, "PNG")
-        write_atomically(self.folder / f"{job.name}.png", buffer.getvalue())
-        content = save({"embeddings": embeddings.contiguous()}, {"about": _text(job.about)})
+        sheet = image_grid(thumbnails(images), COLUMNS)
+        write_atomically(self.folder / f"{job.name}.png", encode_png(sheet, {"num_images": str(len(images))}))
+        tensors = {key: tensor.contiguous() for key, tensor in measurements.items()}
+        content = save(tensors, {"inputs": _json(job.inputs)})
         write_atomically(self.folder / f"{job.name}.safetensors", content)
 
-    def pictures(self, job: Job) -> list[Image.Image]:
-        """The pictures of a finished job as they are in the grid: at most 128 pixels wide and high."""
-        with safe_open(self.folder / f"{job.name}.safetensors", framework="pt") as file:
-            count = file.get_slice("embeddings").get_shape()[0]
+    def thumbnails(self, job: PictureJob) -> list[Image.Image]:
+        """Small versions of the pictures of a finished job, at most THUMBNAIL pixels wide and high."""
         with Image.open(self.folder / f"{job.name}.png") as file:
-            grid = file.convert("RGB")
-        width, height = grid.width // min(COLUMNS, count), grid.height // -(-count // COLUMNS)
+            sheet, count = file.convert("RGB"), int(file.text["num_images"])
+        width, height = sheet.width // min(COLUMNS, count), sheet.height // -(-count // COLUMNS)
         corners = [(width * (i % COLUMNS), height * (i // COLUMNS)) for i in range(count)]
-        return [grid.crop((x, y, x + width, y + height)) for x, y in corners]
+        return [sheet.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
-def _text(about: Mapping[str, Any]) -> str:
-    return json.dumps(about, sort_keys=True)
+def _json(inputs: Mapping[str, Any]) -> str:
+    return json.dumps(inputs, sort_keys=True)
+
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()[:12]

@@ -1,8 +1,10 @@
-"""The prompts in which a learned word is tried: lists of them, and how they are filled in."""
+"""The prompts in which a learned word is tried: lists of them, and what users' prompts may get wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +12,16 @@ from ..errors import InputError
 
 PROMPTS = Path(__file__).parent / "prompt_lists"
 
+OTHER_TOOLS = {  # what other programs read as a command -> what they use it for
+    r"\bembedding:": "ComfyUI's mark of a learned word; write only the word",
+    r"<(lora|lyco|hypernet):[^>]*>": "for LoRAs and hypernetworks, which minti does not have",
+    r"[(\[][^()\[\]]*:\s*\d*\.?\d+\s*[)\]]|\(\([^()]*\)\)": "for weights of words, which minti does not have",
+}
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with {} for the word, and what it asks for: background, style, composition, attribute, ..."""
+    """A prompt with {} for the word, and the group of what it asks for: background, style, attribute, ..."""
 
     text: str
     group: str = ""
@@ -21,11 +29,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptList:
-    """What a word is tried in.
+    """The prompts in which a word is tried.
 
     Attributes:
-        prompts: those that want it edited.
-        reconstruction: the one that only names it; its pictures are compared with the photos.
+        prompts: those that ask for a change.
+        reconstruction: the one that only names the concept; its pictures are compared with the photos.
     """
 
     prompts: Sequence[Prompt]
@@ -38,12 +46,12 @@ class PromptList:
 
 
 def fill(template: str, word: str) -> str:
-    """The prompt with a word; with "", what is left of it without one."""
+    """The prompt with a word in the place of {}; if the word is "", the rest of the prompt."""
     return " ".join(template.replace("{}", word).split())
 
 
 def check_prompt(template: str, source: str) -> None:
-    """Raises InputError unless it has one {} and says something else, too."""
+    """Raises InputError unless the prompt has exactly one {} and something else that can be read."""
     if template.count("{}") != 1 or not any(c.isalnum() for c in fill(template, "")):
         raise InputError(
             f"{source}: {template!r} needs words, and exactly one {{}} where the learned one goes"
@@ -53,17 +61,17 @@ def check_prompt(template: str, source: str) -> None:
 def load_prompts(name: str) -> PromptList:
     """The shipped list called `name` (object, style, tiny, ...), or a text file of the same form.
 
-    One prompt a line, each with one {}. A line `# background` names the group of those below it; the group
-    `reconstruction` has one prompt, by default "a photo of {}".
+    Each line is a prompt with one {}. A line `# background` names the group of the prompts below it. The
+    group `reconstruction` has one prompt, by default "a photo of {}".
 
     Raises:
-        InputError: no such list or file; a line without {}, or with nothing else; a prompt given twice.
+        InputError: there is no such list or file; a line cannot be used; a prompt is given twice.
     """
     shipped = PROMPTS / f"{name}.txt"
     path = shipped if shipped.is_file() and not Path(name).is_file() else Path(name)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
         raise InputError(f"prompts {name!r}: neither one of {known}, nor a text file, one a line") from None
     group, found, reconstruction = "", [], []
@@ -77,3 +85,31 @@ def load_prompts(name: str) -> PromptList:
     if not found or len(reconstruction) > 1 or len(set(texts)) < len(texts):
         raise InputError(f"{path}: needs prompts, all different, and at most one under `# reconstruction`")
     return PromptList(found, *(prompt.text for prompt in reconstruction))
+
+
+def decode_text(text: str, source: str) -> str:
+    """A text of the command line, where Python puts surrogates for bytes that the locale cannot decode.
+
+    Raises:
+        InputError: the bytes are no UTF-8.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        shown = text.encode("utf-8", "replace").decode()
+        raise InputError(f"{source}: {shown!r} is no valid UTF-8; set the terminal to UTF-8") from None
+
+
+def explain_syntax(prompt: str, learned_words: Iterable[str]) -> list[str]:
+    """A line for each piece of a prompt that other programs read as a command and minti reads as text."""
+    found = [(re.search(pattern, prompt), use) for pattern, use in OTHER_TOOLS.items()]
+    lines = [f"{match[0]!r} is read as text ({use})" for match, use in found if match]
+    bracketed = [w for w in learned_words if f"<{w}>".lower() in prompt.lower()]
+    return lines + [
+        f"the brackets around {w!r} are read as text; the learned word is {w!r}" for w in bracketed
+    ]

@@ -1,21 +1,10 @@
-"""How close pictures come to photos and to prompts, in the eyes of CLIP.
-
-All scores are cosines between embeddings of unit length (arXiv 2208.01618, section 5). With x_1 ... x_N the
-pictures of a prompt, p_1 ... p_M the photos of the concept and t the prompt without the learned word:
-
-    CLIP-I            mean of <x_i, p_j>          reconstruction: does it look like the photos?
-    CLIP-T            <mean of x_i, normalised, t>   editability: does it do what else the prompt says?
-    CLIP-T, pairwise  mean of <x_i, t>            the same as the paper's code averages it
-
-The mean of unit vectors is shorter than 1, so the paper's CLIP-T is the larger of the two, the more so the
-more the pictures differ.
-"""
+"""The CLIP that judges pictures. What its embeddings are used for is in `scores.py`."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -58,16 +47,24 @@ class Scorer:
 
     @torch.no_grad()
     def embed_images(self, images: Iterable[Image.Image], batch_size: int = 32) -> Tensor:
-        """RGB pictures of any size -> (N, P) float32 of unit length, on the CPU; one is held at a time."""
+        """n RGB pictures of any size, one in memory at a time -> (n, P) float32 of unit length, on the CPU.
+
+        Raises:
+            InputError: the CLIP holds NaN or infinity.
+        """
         embeddings, inputs = [], map(self.preprocess, images)
-        while batch := list(itertools.islice(inputs, batch_size)):
+        while batch := list(islice(inputs, batch_size)):
             pixels = torch.stack(batch).to(_device(self.image_encoder))
             embeddings.append(self.image_encoder(pixels).cpu())
         return _unit(torch.cat(embeddings))
 
+    def measure(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The embeddings of pictures, as `picture_jobs.Measure` has it."""
+        return {"embeddings": self.embed_images(images)}
+
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Prompts -> (N, P) float32 of unit length, on the CPU."""
+        """n prompts -> (n, P) float32 of unit length, on the CPU."""
         ids = self.tokenizer(texts).to(_device(self.text_encoder))
         return _unit(self.text_encoder(ids).pooled.cpu())
 
@@ -79,7 +76,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def choose_clip(clip: str | None, checkpoint: str | None) -> str:
-    """Which CLIP to judge by: the one given, or the checkpoint's own. Raises InputError if it has none."""
+    """The CLIP to judge by: the one given, or the checkpoint's own. Raises InputError if there is neither."""
     if clip is not None:
         return clip
     if checkpoint is not None and (check_exists(checkpoint) / "image_encoder").is_dir():

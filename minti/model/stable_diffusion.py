@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -175,13 +176,30 @@ class StableDiffusion:
         """
         options = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "size": size}
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        jobs = [(p, seed + i) for p in prompts for i in range(num_images)]
-        images = []
-        for i in range(0, len(jobs), batch_size):
-            batch, seeds = zip(*jobs[i : i + batch_size], strict=True)
-            *_, latents = self.denoise(batch, seeds, negative_prompt=negative_prompt, **options)
-            images += self.decode_latents(latents)
-        return images
+        each = [(p, seed + i) for p in prompts for i in range(num_images)]
+        return list(self.sample_each(each, negative_prompt=negative_prompt, batch_size=batch_size, **options))
+
+    def sample_each(
+        self,
+        each: Sequence[tuple[str, int]],
+        *,
+        batch_size: int = 4,
+        on_step: Callable[[], None] = lambda: None,
+        **options: Any,
+    ) -> Iterator[Image.Image]:
+        """Make pictures one after another, `batch_size` at a time.
+
+        Args:
+            each: the prompt and the seed of each picture.
+            on_step: called after each DDIM step of each batch.
+            options: those of `denoise`.
+        """
+        for i in range(0, len(each), batch_size):
+            prompts, seeds = zip(*each[i : i + batch_size], strict=True)
+            for x_t in self.denoise(prompts, seeds, **options):
+                latents = x_t
+                on_step()
+            yield from self.decode_latents(latents)
 
     @torch.no_grad()
     def denoise(

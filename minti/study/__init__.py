@@ -1,1 +1,7 @@
-"""The study of the paper in one command: many words learned at once, all of them scored, one report."""
+"""The study: a recipe says which words to learn and compare; one command learns, scores and reports them.
+
+Read `recipe.py` first. `concepts.py` and `variants.py` spread a recipe out; `learner.py` learns;
+`classifier.py` reads what pictures really show; `summary.py` takes means and tests claims; `study_report.py`
+writes. This room knows `judge` and all that `judge` knows. Only `__main__.py` parses options and prints.
+`README.md` describes recipes and results, and how far they can be trusted.
+"""

@@ -1,11 +1,10 @@
-"""python -m minti.study RECIPE: a grid of words, learned together, all of them evaluated, in one report."""
+"""python -m minti.study RECIPE: learn a grid of words, evaluate all of them, and leave one report."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
+import argparse
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,67 +12,49 @@ from ..cli.command import run_command
 from ..cli.model_options import load_model
 from ..cli.options import Options, number
 from ..cli.processes import Processes
-from ..cli.progress import Progress
 from ..cli.work_folder import WorkFolder
 from ..cli.yaml_files import RECIPES, read_yaml
 from ..errors import InputError
-from ..formats.concept import Concept
-from ..formats.photos import load_photos
-from ..judge.benchmark import word_jobs
-from ..judge.picture_jobs import Job, Store, make_all, models
+from ..judge.picture_jobs import Protocol
+from ..judge.results import score_table
 from ..judge.scorer import Scorer, choose_clip
-from ..model.stable_diffusion import StableDiffusion
+from ..version import __version__
 from .classifier import Judge
-from .learn import Learner
-from .output import score, write_results
-from .plan import RECIPE, Ask, Plan, make_plan
-from .variants import Variant, group_words
+from .recipe import KEYS, StudyPlan, make_plan
+from .study import Study
+from .summary import claim_numbers
 
-log = logging.getLogger(__name__)
-
-
-# Between a study and its continuation.
-MAY_DIFFER = (
-    "recipe",
-    "out",
-    "overwrite",
-    "attention",
-    "device",
-    "compile",
-    "repeats",
-    "sample_batch_size",
-    "words_at_once",
-    "title",
-    "about",
-    "claims",
+MADE = ("words", "learning", "pictures", "strips", "study.json", "report.html")
+MAY_DIFFER = (  # when a study is continued
+    *("recipe", "out", "attention", "device", "compile", "repeats"),
+    *("sample_batch_size", "words_at_once", "title", "about", "claims"),
 )
 
 
 def options() -> Options:
     """The command line."""
     opts = Options("minti.study", "Learn a grid of words and compare them, as a recipe has it.")
-    at_least_1 = number(int, 1)
+    count = number(int, 1, 10_000)
     group = "what to study"
-    opts.add(
-        group, "recipe", nargs="?", metavar="RECIPE", help=f"YAML file, or one of {', '.join(shipped())}"
-    )
+    text = f"YAML file, or one of {', '.join(shipped())}"
+    opts.add(group, "recipe", nargs="?", metavar="RECIPE", help=text)
     opts.add(group, "--out", metavar="DIR", help="folder for everything; by default runs/study/RECIPE")
     opts.add(group, "--overwrite", False, help="begin anew, whatever is finished in --out")
     opts.add(group, "--quick", False, help="few steps, pictures, prompts; one concept: minutes, not hours")
     text = "concepts: a set (final, development), or names with commas between"
     opts.add(group, "--choose", "final", metavar="SET|NAMES", help=text)
     text = "learn every word so many times, with other seeds; intervals then count that, too"
-    opts.add(group, "--repeats", 1, type=at_least_1, metavar="N", help=text)
-    opts.add(group, "--words-at-once", 8, type=at_least_1, metavar="N", help="words learned in one batch")
+    opts.add(group, "--repeats", 1, type=number(int, 1, 1000), metavar="N", help=text)
+    opts.add(group, "--words-at-once", 8, type=count, metavar="N", help="words learned in one batch")
     group = "pictures to be scored"
-    opts.add(group, "--num-images", 24, type=at_least_1, metavar="N", help="pictures of each prompt")
-    opts.add(group, "--sample-steps", 25, type=at_least_1, help="DDIM steps")
+    opts.add(group, "--num-images", 24, type=count, metavar="N", help="pictures of each prompt")
+    opts.add(group, "--sample-steps", 25, type=count, help="DDIM steps")
     opts.add(group, "--guidance-scale", 5.0, type=number(float, 0), help="how closely to follow prompts")
     opts.add(group, "--sample-seed", 0, type=number(int, 0, 2**62), help="seed of each first picture")
-    opts.add(group, "--sample-batch-size", 8, type=at_least_1, help="pictures at a time")
+    opts.add(group, "--sample-batch-size", 8, type=count, help="pictures at a time")
     opts.add_judge("the judge")
     opts.add_model()
-    for key in RECIPE:
+    for key in KEYS:
         opts.file_only(key)
     return opts
 
@@ -92,56 +73,12 @@ def read_recipe(name: str) -> dict[str, Any]:
     return read_yaml(name)
 
 
-def digest(images: Path) -> str:
-    """What tells photos apart that lie, or lay, in the same folder."""
-    found = hashlib.sha256()
-    for photo in load_photos(images):
-        image = photo.open()
-        mask = photo.open_mask(image.size).tobytes() if photo.mask_path else b""
-        found.update(repr((image.size, photo.caption)).encode() + image.tobytes() + mask)
-    return found.hexdigest()[:12]
-
-
-def learn_all(learner: Learner, plan: Plan, together: int, processes: Processes) -> None:
-    """Learn every word that is not there yet; every process takes its share of the batches."""
-    groups = []
-    # By repeats, so that more of them leave the batches of the others as they were.
-    for repeat in sorted({ask.repeat for ask in plan.asks}):
-        variants = [ask.variant for ask in plan.asks if ask.variant and ask.repeat == repeat]
-        share = -(-len({variant.run for variant in variants}) // processes.world)  # nobody is left idle
-        groups += group_words(variants, min(together, share))
-    todo = [group for group in groups if not learner.is_done(group)]
-    words = sum(len(group.runs) for group in groups)
-    log.info("%d words in %d batches, %d of which are still to be learned", words, len(groups), len(todo))
-    mine = processes.share(todo)
-    progress = Progress(sum(learner.steps_left(group) for group in mine), "step")
-    try:
-        for i, group in enumerate(mine, 1):
-            note = f"batch {i} of {len(mine)}: {len(group.runs)} words"
-            learner.learn(group, partial(progress.step, note))
-    finally:
-        progress.close()
-    processes.wait()
-
-
-def add_words(
-    sd: StableDiffusion, learner: Learner, asks: Sequence[Ask]
-) -> dict[Variant, tuple[str, Concept]]:
-    """Teach the model every learned word under a name of its own. Returns the names."""
-    words: dict[Variant, tuple[str, Concept]] = {}
-    for ask in asks:
-        if ask.variant and ask.variant not in words:
-            concept = Concept.load(learner.path(ask.variant.run, ask.variant.settings.steps))
-            name = f"<{ask.target.name}#{len(words)}>"
-            sd.add_concept(Concept(name, concept.vectors))
-            words[ask.variant] = name, concept
-    return words
-
-
-def jobs_of(sd: StableDiffusion, scorer: Scorer, plan: Plan, ask: Ask, word: str) -> dict[str, Job]:
-    """The pictures that an ask needs. Those of "prompt only" are the same for all concepts."""
-    name = ask.variant.key if ask.variant else ask.text or ask.name
-    return word_jobs(sd, scorer, plan.prompts[ask.target.name], word, plan.protocol, name=name)
+def plan_of(args: argparse.Namespace) -> StudyPlan:
+    """What the options and the recipe ask for. Raises InputError."""
+    protocol = Protocol(args.num_images, args.sample_steps, args.guidance_scale, seed=args.sample_seed)
+    protocol = replace(protocol, batch_size=args.sample_batch_size)
+    recipe = {key: getattr(args, key) for key in KEYS}
+    return make_plan(recipe, protocol, choose=args.choose, repeats=args.repeats, quick=args.quick)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -151,59 +88,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     if recipe is None:
         raise InputError(f"a recipe must be given: a YAML file, or one of {', '.join(shipped())}")
     args = opts.parse(argv, required=["checkpoint"], base=read_recipe(recipe))
-    plan = make_plan(args)
-    name = Path(recipe).stem + "-quick" * args.quick
-    out = Path(args.out or f"runs/study/{name}")
-    clip = choose_clip(args.clip, args.checkpoint)
-    processes = Processes.from_environment()
+    args.title = args.title or Path(recipe).stem
+    name = f"{Path(recipe).stem}-quick" if args.quick else Path(recipe).stem
+    args.out = args.out or f"runs/study/{name}"
+    plan, processes = plan_of(args), Processes.from_environment()
+    args.clip = choose_clip(args.clip, args.checkpoint)
     with processes.joined(for_barriers=True):
         args.device = processes.device(args.device)
         sd = load_model(args)
         sd.check_weights()
-        sd.schedule.timesteps(plan.protocol.steps)
-        scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
+        scorer = Scorer.load(args.clip, device=sd.device, tokenizer=args.clip_tokenizer)
         judge = Judge.load(Path(args.checkpoint))
-        for target in plan.targets if judge else ():
-            judge.check(target.facts, target.name)
-        learner, store = Learner(sd, out, args.compile), Store(out / "pictures")
-        for ask in plan.asks:
-            if ask.variant:
-                learner.check(ask.variant)
-            else:
-                jobs_of(sd, scorer, plan, ask, ask.text)
-        args.made_of = models(sd, scorer) | {f"photos of {t.name}": digest(t.images) for t in plan.targets}
-        # Only now, with everything in order, is anything written or an old study cleared away.
-        made = ("words", "learning", "pictures", "strips", "study.json", "report.html")
-        folder = WorkFolder(
-            out,
+        study = Study(plan, sd, scorer, judge, Path(args.out), compiled=args.compile)
+        study.check()
+        args.made_of = study.made_of()
+        with WorkFolder(
+            args.out,
             "minti.study",
             vars(args),
             defaults=opts.defaults,
-            made=lambda settings: made,
+            made=lambda settings: MADE,
             may_differ=MAY_DIFFER,
             signature=("setups",),
             active=processes.rank == 0,
-        )
-        with folder:
+        ) as folder:
             folder.check(resume=True, overwrite=args.overwrite)
             folder.begin()
             processes.wait()
-            learn_all(learner, plan, args.words_at_once, processes)
-            words = add_words(sd, learner, plan.asks)
-            if args.compile:
-                sd.compile()
-            jobs = [
-                jobs_of(sd, scorer, plan, a, words[a.variant][0] if a.variant else a.text) for a in plan.asks
-            ]
-            make_all([job for some in jobs for job in some.values()], scorer, store, processes)
+            study.learn(args.words_at_once, processes)
+            study.make_pictures(processes)
             if processes.rank == 0:
-                outcomes = []
-                for target in plan.targets:
-                    own = [
-                        (ask, job) for ask, job in zip(plan.asks, jobs, strict=True) if ask.target is target
-                    ]
-                    outcomes += score(sd, scorer, judge, store, plan, own, words)
-                write_results(args, out, store, plan, jobs, outcomes, clip, judge)
+                keys = ("recipe", "quick", "repeats", "checkpoint", "clip", "base", "setups")
+                report = study.report({key: getattr(args, key) for key in keys} | {"minti": __version__})
+                print(score_table([row.evaluation for row in report.rows]))
+                for claim in report.claims:
+                    print(f"{claim['verdict']}: {claim['says']} ({claim_numbers(claim, claim['score'])})")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """What pictures of a small world really show, read by a classifier that was trained on that world.
 
-CLIP says how similar things are, which is not the same as right. Where everything about a world is known, as
-in that of weights/tiny, a classifier that has seen it rendered reads colours, pattern, background and style.
-It knows no silhouettes other than those of its world, so that it has nothing to say about the shape of a
-concept; nor about pictures of two things.
+CLIP says how similar pictures and texts are, which is not the same as whether a picture is right. Everything
+about the world of weights/tiny is known, and a classifier that was trained on its renderings reads the shape,
+colours, pattern, background and style of a picture. It cannot judge pictures of two things.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def read(self, pixels: Tensor, batch: int = 100) -> list[dict[str, str]]:
-        """The facts of each picture."""
+        """The facts of each picture: (n, 3, SIZE, SIZE) in [-1, 1] -> n dictionaries, fact -> value."""
         results: list[dict[str, str]] = []
         for part in pixels.split(batch):
             best = {fact: logits.argmax(-1).tolist() for fact, logits in self(part).items()}
@@ -75,14 +74,16 @@ class Probe(nn.Module):
 
 @dataclass(frozen=True)
 class Truth:
-    """How often pictures show what they should, 0 to 1; None where nothing was to be read.
+    """How often pictures show what they should, 0 to 1; None where there was nothing to read.
 
     Attributes:
-        kept: facts of the concept, in pictures of the prompt for reconstruction: the truth about CLIP-I.
-        kept_edited: the same in those of the other prompts.
-        followed: facts that the other prompts ask for: the truth about CLIP-T.
-        asked: the other prompts that ask for any.
-        facts: each fact of the concept by itself, in pictures of all prompts that leave it alone.
+        kept: the share of right facts of the concept in pictures of the prompt for reconstruction, which is
+            what CLIP-I is to estimate.
+        kept_edited: the same in pictures of the other prompts.
+        followed: the share of right facts among those that the other prompts ask for, which is what CLIP-T is
+            to estimate.
+        asked: the other prompts that ask for a fact.
+        facts: for each fact of the concept its share in pictures of all prompts that do not ask for another.
     """
 
     kept: Score | None
@@ -97,8 +98,8 @@ class Judge:
     """A probe, and what the prompts of its world ask for.
 
     Attributes:
-        phrases: words of a prompt, with {} for the concept -> the facts they settle.
-        accuracy: how often it reads each fact of fresh pictures right, as far as that is known.
+        phrases: words of a prompt, with {} for the concept -> the facts that they ask for.
+        accuracy: the share of fresh pictures in which it reads each fact right, as far as that is known.
     """
 
     probe: Probe
@@ -107,11 +108,7 @@ class Judge:
 
     @classmethod
     def load(cls, folder: Path) -> Judge | None:
-        """Open `probe/` in the folder of a checkpoint; None if there is none.
-
-        Raises:
-            InputError: it is damaged.
-        """
+        """Open `probe/` in the folder of a checkpoint; None if there is none. Raises InputError."""
         folder = Path(folder) / "probe"
         if not folder.is_dir():
             return None
@@ -127,7 +124,7 @@ class Judge:
             raise InputError(f"{folder}: does not fit together ({text}); export it again") from None
 
     def asked(self, template: str) -> dict[str, str] | None:
-        """The facts that a prompt asks for; None if it is about two things."""
+        """The facts that a prompt asks for; None if the prompt is about two things."""
         if re.search(r"\band\b", template):
             return None
         found: dict[str, str] = {}
@@ -144,40 +141,59 @@ class Judge:
                 raise InputError(f"concepts: {name} has {fact}: {value!r}; the probe knows {known}")
 
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]] | None:
-        """The facts of each picture; None if they are not of the probe's size."""
+        """The facts of each picture; None if the pictures do not have the size of the probe's."""
         if any(image.size != (Probe.SIZE, Probe.SIZE) for image in images):
             return None
         pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-        return self.probe.read(pixels.permute(0, 3, 1, 2) / 127.5 - 1)  # (B, H, W, 3) -> (B, 3, H, W)
+        return self.probe.read(pixels.permute(0, 3, 1, 2) / 127.5 - 1)  # (n, H, W, 3) -> (n, 3, H, W)
 
-    def judge(
-        self, pictures: Mapping[str, Sequence[Image.Image]], facts: Facts, reconstruction: str, seed: int = 0
+    def measure(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """What `read` says, as (n, facts) int64 indices of values, for a store; {} if it cannot read them."""
+        readings = self.read(images)
+        if readings is None:
+            return {}
+        facts = self.probe.facts
+        indices = [[list(values).index(r[fact]) for fact, values in facts.items()] for r in readings]
+        return {"facts": torch.tensor(indices)}
+
+    def readings(self, measurements: Mapping[str, Tensor]) -> list[dict[str, str]] | None:
+        """What `read` said, from what `measure` returned."""
+        if "facts" not in measurements:
+            return None
+        indices = measurements["facts"].tolist()
+        return [{f: v[i] for (f, v), i in zip(self.probe.facts.items(), row, strict=True)} for row in indices]
+
+    def truth(
+        self,
+        readings: Mapping[str, Sequence[Facts] | None],
+        facts: Facts,
+        reconstruction: str,
+        seed: int = 0,
     ) -> Truth | None:
-        """How often pictures are right, each prompt counting the same.
+        """How often pictures are right; each prompt counts the same.
 
         Args:
-            pictures: of every prompt.
-            facts: of the concept.
-            reconstruction: the prompt that only names it.
-            seed: of the bootstrap.
+            readings: prompt -> the facts of each of its pictures, or None if they could not be read.
+            facts: the facts of the concept.
+            reconstruction: the prompt that only names the concept.
+            seed: of the draws for the intervals; see `scores.bootstrap`.
         """
         plain = self.asked(reconstruction) or {}
         kept, kept_edited, followed, telling = [], [], [], []
         each: dict[str, list[Term]] = {}
-        for template, images in pictures.items():
+        for template, found in readings.items():
             asked = self.asked(template)
-            readings = None if asked is None else self.read(images)
-            if readings is None:
+            if asked is None or found is None:
                 continue
             # Told to be red, a thing in two colours may give up either.
             own = {f: v for f, v in facts.items() if not (f in ("color", "color2") and "color" in asked)}
             wanted = {f: v for f, v in asked.items() if plain.get(f) != v}
             for fact, value in own.items():
-                each.setdefault(fact, []).append(_share({fact: value}, readings))
+                each.setdefault(fact, []).append(_share({fact: value}, found))
             if own:
-                (kept if template == reconstruction else kept_edited).append(_share(own, readings))
+                (kept if template == reconstruction else kept_edited).append(_share(own, found))
             if wanted and template != reconstruction:
-                followed.append(_share(wanted, readings))
+                followed.append(_share(wanted, found))
                 telling.append(template)
         if not (kept or kept_edited or followed):
             return None
@@ -189,5 +205,5 @@ class Judge:
 def _share(facts: Facts, readings: Sequence[Facts]) -> Term:
     """The share of right facts in pictures, as `bootstrap` takes it."""
     right = torch.tensor([[reading[fact] == value for fact, value in facts.items()] for reading in readings])
-    shares = right.float().mean(dim=1)  # (N, facts) -> (N,)
+    shares = right.float().mean(dim=1)  # (n, facts) -> (n,)
     return (lambda weights: weights @ shares), len(shares)

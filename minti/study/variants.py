@@ -1,4 +1,4 @@
-"""What a study learns and asks for: a recipe's setups, spread out over their values and over concepts."""
+"""The words of a study: the setups of a recipe, spread out over values, and shared out into batches."""
 
 from __future__ import annotations
 
@@ -7,100 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import product
-from pathlib import Path
+from math import prod
 from typing import Any
 
-from ..cli.yaml_files import read_yaml
 from ..errors import InputError
 from ..inversion.batches import Settings
 from ..runs.options import options
+from .concepts import ConceptSpec, table_of
 
+MOST_SETUPS = 1000  # of a recipe, all values spread out
 PER_WORD = ("init", "init_word", "num_vectors", "templates", "lr", "seed", "crop", "flip")
 SHARED = [f.name for f in fields(Settings) if f.name not in ("betas", "eval_size", "eval_seed")]
 KEYS = (*PER_WORD, "photos", *SHARED)  # what a setup can set
 _options = cache(options)
-
-
-# Concepts
-# ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """A concept to be learned.
-
-    Attributes:
-        images: folder of its photos.
-        kind: "object", "style", ...
-        set: "development", looked at while defaults are chosen, or "final", kept for the numbers to report.
-        templates, prompts: to learn in, and to be tried in; None: those of the recipe.
-        captions: kind -> what people would write, such as short -> ["red and white dotted toy"].
-        facts: what is true of it, as a `probe.Probe` reads it.
-    """
-
-    name: str
-    images: Path
-    init_word: str
-    kind: str = "object"
-    set: str = ""
-    templates: str | None = None
-    prompts: str | None = None
-    captions: Mapping[str, Sequence[str]] = field(default_factory=dict, hash=False)
-    facts: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-
-def read_targets(source: str | Mapping[str, Any] | None) -> dict[str, Target]:
-    """The concepts that a recipe speaks of, by name.
-
-    Args:
-        source: name -> {init_word, images, kind, set, ...}; or a YAML file of that form, in whose folder lie
-            the photos, in folders with the names of the concepts, unless `images` says otherwise.
-
-    Raises:
-        InputError: entries that cannot be used.
-    """
-    if not isinstance(source, str | Mapping):
-        raise InputError(
-            "concepts: must be given, a YAML file or entries like toy: {images: DIR, init_word: toy}"
-        )
-    folder = Path(source).parent if isinstance(source, str) else Path()
-    where = source if isinstance(source, str) else "concepts"
-    entries = read_yaml(source) if isinstance(source, str) else source
-    allowed, targets = {f.name for f in fields(Target)} - {"name"}, {}
-    for name, entry in entries.items():
-        if not isinstance(entry, Mapping) or "init_word" not in entry or set(entry) - allowed:
-            raise InputError(f"{where}: {name} needs init_word, and can have {', '.join(sorted(allowed))}")
-        captions = entry.get("captions", {})
-        if not isinstance(captions, Mapping) or not all(isinstance(c, list) for c in captions.values()):
-            raise InputError(
-                f"{where}: the captions of {name} should be lists by kind, like short: [red cup]"
-            )
-        if not isinstance(entry.get("facts", {}), Mapping):
-            raise InputError(f"{where}: the facts of {name} should be entries like color: red")
-        images = folder / str(entry.get("images", name))
-        targets[str(name)] = Target(**{**entry, "name": str(name), "images": images})
-    return targets
-
-
-def choose_targets(targets: Mapping[str, Target], choice: str, kinds: Sequence[str]) -> list[Target]:
-    """Those of one set, "final" or "development", that are of certain kinds; or names, with commas between.
-
-    Raises:
-        InputError: there are none; or they are of several sets, which do not belong in one average.
-    """
-    names = [name.strip() for name in choice.split(",")]
-    chosen = [targets[name] for name in names if name in targets]
-    if len(chosen) < len(names):
-        chosen = [t for t in targets.values() if t.kind in kinds and t.set == choice]
-    sets = sorted({t.set for t in chosen or targets.values()})
-    if not chosen:
-        raise InputError(
-            f"--choose {choice}: no such concepts; choose a set ({', '.join(filter(None, sets))}) or among "
-            f"{', '.join(targets)}"
-        )
-    if len(sets) > 1:
-        raise InputError(f"--choose {choice}: of the sets {' and '.join(sets)}; study one at a time")
-    return chosen
 
 
 # Words
@@ -112,10 +31,11 @@ class Variant:
     """One way to learn a word for one concept. Equal ones are learned once, whichever setups want them.
 
     Attributes:
-        photos: how many of the concept's, the first ones; None: all.
+        photos: how many of the concept's photos, the first ones by name; None: all.
+        settings: what all words of a batch share; the other attributes may differ within a batch.
     """
 
-    target: Target
+    concept: ConceptSpec
     init: str
     init_word: str
     num_vectors: int
@@ -128,8 +48,11 @@ class Variant:
     settings: Settings
 
     @property
-    def run(self) -> Variant:
-        """What leads to it: with a constant learning rate, fewer steps are a snapshot of more."""
+    def trajectory(self) -> Variant:
+        """The same for words that differ only in how long they are learned, if the learning rate is constant.
+
+        Then the word after fewer steps is a snapshot of the word after more.
+        """
         return self.after(self.settings.steps if self.settings.lr_schedule != "constant" else 0)
 
     def after(self, steps: int) -> Variant:
@@ -137,25 +60,25 @@ class Variant:
         return replace(self, settings=replace(self.settings, steps=steps))
 
     @property
-    def vectors_in_play(self) -> int:
+    def active_vectors(self) -> int:
         """How many vectors the word has after its steps."""
         joined = sum(self.settings.steps >= step for step in self.settings.progressive)
         return 1 + joined if self.settings.progressive else self.num_vectors
 
     @property
     def key(self) -> str:
-        """A short name, its own."""
-        return f"{self.target.name}-{_hash(self)}"
+        """A short name that no other variant has."""
+        return f"{self.concept.name}-{_hash(self)}"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One row of the study: a way of asking for every concept.
+    """A way of learning a word for every concept.
 
     Attributes:
         name: with the values that it stands for, such as "steps 500".
         family: the name in the recipe, shared by the values spread out of one setup.
-        values: what the recipe sets for it.
+        values: its settings, those of the base included.
     """
 
     name: str
@@ -169,25 +92,23 @@ def expand(setups: Any, base: Mapping[str, Any]) -> list[Setup]:
     (`progressive`, which is a list of steps by itself, takes a list of such lists.)
 
     Raises:
-        InputError: an unknown key, a value of the wrong type, two setups of one name.
+        InputError: an unknown key, a value of the wrong type, too many setups.
     """
-    if not isinstance(setups, Mapping):
-        raise InputError("setups: should have entries like `high lr: {lr: 0.02}`")
-    found = []
-    for family, own in setups.items():
+    found, count = [], 0
+    for family, own in table_of(setups, "setups", "`high lr: {lr: 0.02}`").items():
         if not isinstance(own, Mapping | None):
             raise InputError(f"setups: {family!r} should be settings like {{lr: 0.02}}, or {{}}")
         values = {**base, **(own or {})}
-        check(values, f"setups: {family!r}")
         axes = {key: value for key, value in values.items() if _is_axis(key, value)}
+        count += prod(map(len, axes.values()))
+        if count > MOST_SETUPS:
+            raise InputError(f"setups: {family!r} brings them to {count:,}; {MOST_SETUPS:,} is the limit")
+        check_settings(values, f"setups: {family!r}")
         for combination in product(*axes.values()):
             chosen = dict(zip(axes, combination, strict=True))
             labels = [f"{key.replace('_', ' ')} {_label(value)}" for key, value in chosen.items()]
-            name = ", ".join([*([str(family)] * (list(axes) != [family])), *labels])
-            found.append(Setup(name, str(family), {**values, **chosen}))
-    names = [setup.name for setup in found]
-    if doubles := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"setups: two of them are called {min(doubles)!r}")
+            labels = labels if list(axes) == [family] else [family, *labels]
+            found.append(Setup(", ".join(labels), family, {**values, **chosen}))
     return found
 
 
@@ -199,7 +120,7 @@ def _label(value: Any) -> str:
     return "-".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def check(values: Mapping[str, Any], source: str) -> None:
+def check_settings(values: Mapping[str, Any], source: str) -> None:
     """Raises InputError, beginning with `source`, unless these are settings of words."""
     for key, value in values.items():
         if key not in KEYS:
@@ -207,30 +128,34 @@ def check(values: Mapping[str, Any], source: str) -> None:
         if _is_axis(key, value) and not value:
             raise InputError(f"{source}: {key} is an empty list")
         for single in value if _is_axis(key, value) else [value]:
-            if key == "photos":
-                if single is not None and (
-                    isinstance(single, bool) or not isinstance(single, int) or single < 1
-                ):
-                    raise InputError(f"{source}: photos {single!r} should be a count, 1 or more")
-                continue
-            try:
-                _options().check({key: single})
-            except InputError as error:
-                raise InputError(f"{source}: {error}") from None
+            if key != "photos":
+                try:
+                    _options().check({key: single})
+                except InputError as error:
+                    raise InputError(f"{source}: {error}") from None
+            elif single is not None and (type(single) is not int or single < 1):
+                raise InputError(f"{source}: photos {single!r} should be a count, 1 or more")
 
 
-def make_variant(setup: Setup, target: Target, scale: float = 1.0) -> Variant:
+def make_variant(setup: Setup, concept: ConceptSpec, scale: float = 1.0) -> Variant:
     """The word that a setup learns for a concept.
 
     Args:
-        scale: of all numbers of steps, for a quick look.
+        scale: factor of all numbers of steps, for a quick look.
+
+    Raises:
+        InputError: the number of vectors is not that of `progressive`.
     """
     opts = _options()
-    values = vars(opts.parse([], required=[])) | {"init_word": target.init_word}
-    values |= {"templates": target.templates} if target.templates else {}
+    values = vars(opts.parse([], required=[])) | {"init_word": concept.init_word}
+    values |= {"templates": concept.templates} if concept.templates else {}
     given = {key: value for key, value in setup.values.items() if key != "photos" and value is not None}
     values |= opts.check(given)
-    progressive = tuple(scaled(step, scale) for step in values["progressive"])
+
+    def scaled(steps: int) -> int:
+        return max(1, round(steps * scale))
+
+    progressive = tuple(map(scaled, values["progressive"]))
     if progressive and "num_vectors" not in setup.values:
         values["num_vectors"] = 1 + len(progressive)
     if progressive and values["num_vectors"] != 1 + len(progressive):
@@ -239,51 +164,45 @@ def make_variant(setup: Setup, target: Target, scale: float = 1.0) -> Variant:
         )
     shared = {key: values[key] for key in SHARED}
     shared |= {"betas": (values["beta1"], values["beta2"]), "progressive": progressive}
-    shared |= {key: scaled(values[key], scale) for key in ("steps", "warmup") if values[key]}
+    shared |= {key: scaled(values[key]) for key in ("steps", "warmup") if values[key]}
     own = {key: values[key] for key in PER_WORD}
-    return Variant(target, photos=setup.values.get("photos"), settings=Settings(**shared), **own)
+    return Variant(concept, photos=setup.values.get("photos"), settings=Settings(**shared), **own)
 
 
-def scaled(steps: int, scale: float) -> int:
-    """A number of steps, in a quick look."""
-    return max(1, round(steps * scale))
-
-
-# Groups
+# Batches
 # ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Group:
-    """Words learned in one batch, by the same `settings`, and after how many steps each is to be kept."""
+    """Words that are learned in one batch, since they share their `settings`.
+
+    Attributes:
+        words: the trajectory of each word -> after how many steps it is to be kept.
+    """
 
     settings: Settings
-    runs: Mapping[Variant, tuple[int, ...]] = field(hash=False)
+    words: Mapping[Variant, tuple[int, ...]] = field(hash=False)
 
     @property
     def key(self) -> str:
-        """A short name, its own."""
-        return _hash([self.settings, *self.runs.items()])
+        """A short name that no other group has."""
+        return _hash([self.settings, *self.words.items()])
 
 
 def group_words(variants: Sequence[Variant], together: int) -> list[Group]:
-    """Share out words into batches of at most `together`.
-
-    One batch shares its `Settings`. Words that differ only in their number of steps are one word, kept
-    several times on the way.
-    """
-    runs: dict[Variant, set[int]] = {}
+    """Share out words into batches of at most `together`. Words of one trajectory are learned as one."""
+    steps_of: dict[Variant, set[int]] = {}
     for variant in variants:
-        runs.setdefault(variant.run, set()).add(variant.settings.steps)
+        steps_of.setdefault(variant.trajectory, set()).add(variant.settings.steps)
     batches: dict[Settings, dict[Variant, tuple[int, ...]]] = {}
-    for run, steps in runs.items():
-        settings = replace(run.settings, steps=max(steps))
-        batches.setdefault(settings, {})[run] = tuple(sorted(steps))
+    for word, steps in steps_of.items():
+        settings = replace(word.settings, steps=max(steps))
+        batches.setdefault(settings, {})[word] = tuple(sorted(steps))
     groups = []
     for settings, words in batches.items():
         items = list(words.items())
-        for i in range(0, len(items), together):
-            groups.append(Group(settings, dict(items[i : i + together])))
+        groups += [Group(settings, dict(items[i : i + together])) for i in range(0, len(items), together)]
     return groups
 
 

@@ -1,4 +1,4 @@
-"""The words of a study, learned in batches, each kept as it is finished."""
+"""Learning the words of a study in batches, and keeping each as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Learner:
     """Learns groups of words with one model.
 
     Args:
-        folder: for `words/`, the finished words, and `learning/`, batches on the way.
+        folder: the folder for `words/`, the finished words, and `learning/`, the state of unfinished batches.
         compiled: see `Inversion`.
     """
 
@@ -40,16 +40,17 @@ class Learner:
         self._latents: dict[tuple, Latents] = {}
         self._count = 0
 
-    def path(self, run: Variant, steps: int) -> Path:
-        """The file of a word after so many steps."""
-        return self.folder / "words" / run.key / f"step-{steps:06d}.safetensors"
+    def path(self, variant: Variant) -> Path:
+        """The file of a word."""
+        name = f"step-{variant.settings.steps:06d}.safetensors"
+        return self.folder / "words" / variant.trajectory.key / name
 
     def is_done(self, group: Group) -> bool:
         """Whether all words of a group are finished."""
-        return all(self.path(run, n).exists() for run, steps in group.runs.items() for n in steps)
+        return all(self.path(word.after(n)).exists() for word, steps in group.words.items() for n in steps)
 
     def steps_left(self, group: Group) -> int:
-        """How many steps there are still to take."""
+        """How many steps are still to be taken."""
         if self.is_done(group):
             return 0
         try:
@@ -61,80 +62,85 @@ class Learner:
     def _state(self, group: Group) -> Path:
         return self.folder / "learning" / f"{group.key}.safetensors"
 
-    def check(self, run: Variant) -> None:
-        """See that a word can be learned, before anything is. Raises InputError."""
-        self._word(run, run.target.name)
+    def check(self, variant: Variant) -> None:
+        """Raises InputError if the photos, init word or templates of a word cannot be used."""
+        self._word(variant, variant.concept.name)
 
-    def _word(self, run: Variant, placeholder: str) -> Word:
-        """Photos to latents, the init word to rows."""
-        photos = load_photos(run.target.images)
-        if (run.photos or 0) > len(photos):
-            raise InputError(
-                f"{run.target.images}: has {len(photos)} photos, the study asks for {run.photos}"
-            )
-        key = (run.target.images, run.photos, run.crop, run.flip, run.seed if run.crop == "random" else None)
+    def _word(self, variant: Variant, placeholder: str) -> Word:
+        """What a word is learned from: latents of its photos, rows of its init word, templates, captions."""
+        v, photos = variant, load_photos(variant.concept.images)
+        if (v.photos or 0) > len(photos):
+            raise InputError(f"{v.concept.images}: has {len(photos)} photos, the study asks for {v.photos}")
+        photos = photos[: v.photos]
+        key = (v.concept.images, v.photos, v.crop, v.flip, v.seed if v.crop == "random" else None)
         if key not in self._latents:
-            views = make_views(
-                photos[: run.photos], self.sd.image_size[0], crop=run.crop, flip=run.flip, seed=run.seed
-            )
+            views = make_views(photos, self.sd.image_size[0], crop=v.crop, flip=v.flip, seed=v.seed)
             self._latents[key] = encode_views(self.sd, views)
         return Word(
             placeholder,
-            initial_rows(self.sd, run.init, run.init_word, run.num_vectors, run.seed),
+            initial_rows(self.sd, v.init, v.init_word, v.num_vectors, v.seed),
             self._latents[key],
-            load_templates(run.templates),
-            [photo.caption for photo in photos[: run.photos]],
-            lr=run.lr,
-            seed=run.seed,
+            load_templates(v.templates),
+            [photo.caption for photo in photos],
+            lr=v.lr,
+            seed=v.seed,
         )
 
-    def learn(self, group: Group, tick: Callable[[], None]) -> None:
-        """Learn the words of a group, from where they are; `tick` is called after each step.
+    def learn(self, group: Group, on_step: Callable[[], None]) -> None:
+        """Learn the words of a group, from where an earlier process has left them.
 
         A word whose loss becomes infinite does not stop the others: they are learned again without it, and it
         is kept as it last was.
+
+        Args:
+            on_step: called after each step.
+
+        Raises:
+            InputError: the saved state is damaged.
         """
         if self.is_done(group):
             return
         words = []
-        for run in group.runs:
+        for word in group.words:
             self._count += 1  # a word that diverged has left its name behind
-            words.append(self._word(run, f"<{run.target.name}-{self._count}>"))
+            words.append(self._word(word, f"<{word.concept.name}-{self._count}>"))
         inversion = Inversion(self.sd, words, group.settings, compiled=self.compiled)
         state = self._state(group)
         if state.exists():
             try:
                 inversion.load_state_dict(load_file(state))
-            except (SafetensorError, KeyError) as error:
-                raise InputError(f"{state}: is damaged ({error}); remove it") from None
+            except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+                text = " ".join(str(error).split())[:100]
+                raise InputError(f"{state}: is damaged ({text}); remove it") from None
         try:
             while inversion.step_count < group.settings.steps:
                 inversion.step()
-                wanted = any(inversion.step_count in steps for steps in group.runs.values())
+                wanted = any(inversion.step_count in steps for steps in group.words.values())
                 if wanted or inversion.step_count % SAVE_EVERY == 0:
                     inversion.check()
                     self._keep(inversion, group)
                     tensors = {key: value.contiguous() for key, value in inversion.state_dict().items()}
                     write_atomically(state, save(tensors))
-                tick()
+                on_step()
         except Diverged as error:
-            if len(group.runs) > 1:
-                for run, steps in group.runs.items():
-                    self.learn(Group(group.settings, {run: steps}), lambda: None)
+            if len(group.words) > 1:
+                for word, steps in group.words.items():
+                    self.learn(Group(group.settings, {word: steps}), lambda: None)
             else:
-                log.warning("%s: %s", *(run.target.name for run in group.runs), error)
+                log.warning("%s: %s", *(word.concept.name for word in group.words), error)
                 self._keep(inversion, group, last=True)
         state.unlink(missing_ok=True)
         for rows in (*inversion.rows, *(p for words in inversion.photo_rows for p in words)):
             rows.requires_grad_(False)  # they stay in the model's table; later words should not wait for them
 
     def _keep(self, inversion: Inversion, group: Group, *, last: bool = False) -> None:
-        """Save what is wanted of the words after this step; `last`: and in the place of all later ones."""
+        """Save the words that are to be kept after this step; `last`: also in the place of all later ones."""
         now = inversion.step_count
-        for i, (run, steps) in enumerate(group.runs.items()):
+        for i, (word, steps) in enumerate(group.words.items()):
             for n in steps:
-                path = self.path(run, n)
+                variant = word.after(n)
+                path = self.path(variant)
                 if (n == now or (last and n > now)) and not path.exists():
-                    metadata = {"init_word": run.init_word, "step": str(now), "seed": str(run.seed)}
-                    vectors = inversion.concept(i).vectors[: run.after(n).vectors_in_play]
-                    Concept(f"<{run.target.name}>", vectors, metadata).save(path)
+                    metadata = {"init_word": word.init_word, "step": str(now), "seed": str(word.seed)}
+                    vectors = inversion.concept(i).vectors[: variant.active_vectors]
+                    Concept(f"<{word.concept.name}>", vectors, metadata).save(path)
