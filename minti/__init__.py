@@ -3,7 +3,7 @@
 from .errors import InputError
 from .formats.checkpoint import load
 from .formats.concept import Concept
-from .inversion.learn import learn
+from .inversion.from_photos import learn
 from .model.stable_diffusion import StableDiffusion
 from .version import __version__
 

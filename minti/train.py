@@ -19,7 +19,7 @@ from .cli.work_folder import WorkFolder
 from .cli.yaml_files import read_yaml
 from .errors import InputError
 from .formats.atomic import write_atomically
-from .inversion.inversion import Diverged
+from .inversion.divergence import Diverged
 from .runs.folder import read_state, refuse_lost_start, run_folder
 from .runs.memory import training_memory
 from .runs.options import options, word_specs

@@ -23,7 +23,8 @@ from minti import Concept, InputError, StableDiffusion
 from minti.formats.photos import load_photos
 from minti.inversion import inversion as inversion_module
 from minti.inversion.batches import Batch, Settings, Word, photo_word, sample_batch
-from minti.inversion.inversion import Diverged, Inversion
+from minti.inversion.divergence import Diverged
+from minti.inversion.inversion import Inversion
 from minti.inversion.start import initial_rows
 from minti.inversion.templates import OBJECT
 from minti.inversion.views import Latents, encode_views, make_views

@@ -1,7 +1,7 @@
-"""What a step of Textual Inversion looks at: which photos, in which prompts, at which times, which noise.
+"""What a step of Textual Inversion looks at: views of the photos, prompts, time steps and noise.
 
-Every random number is a function of (seed, step), so that a run that was interrupted can continue as if
-nothing had happened, and a word comes out the same whether it is learned alone or together with others.
+Every random number is a function of (seed, step). So a run that was interrupted continues as if nothing had
+happened, and a word comes out the same whether it is learned alone or together with others.
 """
 
 from __future__ import annotations
@@ -9,36 +9,43 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, check_number
 from .templates import OBJECT
 from .views import Latents
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How words are learned; the same for all words of a run, except for what `Word` holds."""
+    """How words are learned, the same for all words of a run. Impossible values raise InputError."""
 
     steps: int = 3000
-    batch_size: int = 4  # samples of each word, for each process
-    accumulate: int = 1  # batches summed up before an update
-    lr_schedule: str = "constant"  # or "cosine", down to zero
+    batch_size: int = 4  # samples of each word, in each process
+    accumulate: int = 1  # batches whose gradients are added up for an update
+    lr_schedule: str = "constant"  # or "cosine", down to zero (arXiv 1608.03983, without restarts)
     warmup: int = 0  # steps over which the learning rate rises from zero
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    progressive: tuple[int, ...] = ()  # steps at which the second vector joins in, the third, ...
-    regularization: float = 0.0  # weight of ||v - v_init||^2
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    weight_decay: float = 0.01  # of AdamW
+    progressive: tuple[int, ...] = ()  # steps at which the second vector of a word joins in, the third, ...
+    regularization: float = 0.0  # weight of ||v - v_init||^2 in the loss
     max_norm: float | None = None  # longest a vector may be, in mean lengths of the vocabulary's
-    per_image: float = 0.0  # how often a prompt also has a word that belongs to one photo only
-    caption_dropout: float = 0.0  # how often a prompt is the bare word
+    per_image: float = 0.0  # share of prompts that also have a word of their photo's own
+    caption_dropout: float = 0.0  # share of prompts that are the bare word
     eval_size: int = 16  # samples in the evaluation
     eval_seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_size"):
+            check_number(name, getattr(self, name), int, 1)
+        check_number("warmup", self.warmup, int, 0)
+        for name in ("weight_decay", "regularization"):
+            check_number(name, getattr(self, name), float, 0)
+        for name in ("per_image", "caption_dropout"):
+            check_number(name, getattr(self, name), float, 0, 1)
         if self.lr_schedule not in ("constant", "cosine"):
             raise InputError(f"lr_schedule {self.lr_schedule!r}: choose from constant, cosine")
         if sorted(set(self.progressive)) != list(self.progressive):
@@ -46,23 +53,56 @@ class Settings:
 
     def lr_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at a step, 0 to steps - 1."""
-        rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return rising * (
-            0.5 + 0.5 * math.cos(math.pi * step / self.steps) if self.lr_schedule == "cosine" else 1.0
-        )
+        factor = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.lr_schedule == "cosine":
+            factor *= 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+        return factor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of a word.
+
+    Attributes:
+        view: (B,) int64, indices into the word's latents.
+        prompts: B prompts that contain the word.
+        t: (B,) int64, time steps.
+        posterior_noise: (B, C, h, w) float32 standard normal, for drawing from the encoder's distribution.
+        eps: (B, C, h, w) float32 standard normal, the noise that the model should find.
+    """
+
+    view: Tensor
+    prompts: list[str]
+    t: Tensor
+    posterior_noise: Tensor
+    eps: Tensor
+
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(*(value[part] for value in vars(self).values()))
+
+    def to(self, device: torch.device) -> Batch:
+        """Move the tensors to a device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: to_device(value, device) for name, value in tensors.items()})
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor, without waiting for what a GPU is doing."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word to be learned, and what it is learned from.
+    """A word to be learned.
 
     Attributes:
-        init: (num_vectors, D) where the rows start, see `initial_rows`.
-        latents: the encoded photos.
-        templates: prompts with {} for the word, for photos without a caption of their own.
-        captions: a template or None for each photo.
-        lr: learning rate of AdamW.
-        seed: of everything random about this word.
+        placeholder: the word as it is written in prompts.
+        init: (num_vectors, D) float32, the vectors it starts from.
+        latents: the encoded views of its photos.
+        templates: prompts with {} in the place of the word.
+        captions: for each photo a template of its own, or None. Empty: none has one.
+        lr: learning rate.
+        seed: decides everything random about this word.
     """
 
     placeholder: str
@@ -73,23 +113,15 @@ class Word:
     lr: float = 5e-3
     seed: int = 0
 
-
-@dataclass(frozen=True)
-class Batch:
-    """What `sample_batch` draws, B of each."""
-
-    view: Tensor  # (B,) int64
-    prompts: list[str]
-    t: Tensor  # (B,) int64
-    posterior_noise: Tensor  # (B, C, h, w)
-    eps: Tensor  # (B, C, h, w)
-
-    def __getitem__(self, part: slice) -> Batch:
-        return Batch(*(value[part] for value in vars(self).values()))
+    def latents_at(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw the clean latents x0 of a batch, (B, C, h, w), with weights (B, 1, h, w) and sizes (B, 6)."""
+        latents, view = self.latents, batch.view
+        x0 = latents.mean[view] + latents.std[view] * batch.posterior_noise
+        return x0, latents.weight[view], latents.sizes[view]
 
 
 def generator(*key: object) -> torch.Generator:
-    """The random numbers that belong to a key, such as (seed, step)."""
+    """The random numbers that belong to a key, such as (seed, step), on the CPU."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -106,13 +138,24 @@ def longest_prompts(word: Word, settings: Settings) -> list[str]:
 
 
 def sample_batch(word: Word, settings: Settings, num_train_timesteps: int, count: int, *key: object) -> Batch:
-    """`count` samples of a word: pictures, prompts, time steps and noise, all determined by the key."""
-    g, latents = generator(word.seed, *key), word.latents
+    """Draw samples of a word.
+
+    Photos come in turn, so that every one is seen equally often, and time steps are stratified: one from each
+    of `count` equal parts of the schedule. Both make the gradient less noisy and leave its mean as it is
+    (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
+
+    Args:
+        word: what to draw samples of.
+        settings: how often prompts are the bare word, or have a word for the photo.
+        num_train_timesteps: T; time steps are from 0 to T - 1.
+        count: B, the number of samples.
+        key: together with the seed of the word it decides everything random.
+    """
+    g, latents, T = generator(word.seed, *key), word.latents, num_train_timesteps
     photos = int(latents.photo.max()) + 1
-    # Every photo comes equally often, and every stretch of time, for a loss with less noise.
     photo = torch.cat([torch.randperm(photos, generator=g) for _ in range(-(-count // photos))])[:count]
     stratum = (torch.randperm(count, generator=g) + torch.rand(count, generator=g)) / count
-    t = (stratum * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)  # 1.0 - tiny may round up
+    t = (stratum * T).long().clamp(max=T - 1)  # just below 1 may round up to it
     views = [(latents.photo == p).nonzero()[:, 0] for p in photo]
     view = torch.stack([v[torch.randint(len(v), (), generator=g)] for v in views])
     chance = torch.rand(count, 2, generator=g).tolist()
@@ -120,7 +163,8 @@ def sample_batch(word: Word, settings: Settings, num_train_timesteps: int, count
     prompts = []
     for p, (drop, with_photo), i in zip(photo.tolist(), chance, template, strict=True):
         text = (word.captions[p] if word.captions else None) or word.templates[i]
-        text = "{}" if drop < settings.caption_dropout else text
+        if drop < settings.caption_dropout:
+            text = "{}"
         if with_photo < settings.per_image:
             text += f" with {photo_word(word, p)}"
         prompts.append(text.replace("{}", word.placeholder))

@@ -1,4 +1,4 @@
-"""Noticing that learning has gone wrong, and going back to what last worked, without making a GPU wait."""
+"""Noticing that training has diverged, and going back to the last good step, without making a GPU wait."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ import torch
 from torch import Tensor, nn
 
 
-class DivergenceWatch:
-    """Stands by parameters; from the first number on that is not finite, they no longer change.
+class Diverged(ArithmeticError):
+    """The loss is no longer a finite number; the rows are those of the step before."""
 
-    Whether all is well is known on the device only, and every decision taken there, until someone asks for
+
+class DivergenceWatch:
+    """Watches parameters; from the first number on that is not finite, they no longer change.
+
+    Whether all is well is known on the device only, and every decision is taken there, until someone calls
     `healthy`. So the processor can prepare the next steps while the device computes this one.
 
+    Args:
+        parameters: everything that is learned.
+        rows: those of each word, whose lengths may explain what happened.
+
     Attributes:
-        good_steps: how many steps have been finished in good health.
+        good_steps: how many steps were finished in good health.
         longest: (words,) the longest row of each word at the last step, or at the one that went wrong.
     """
 
@@ -29,7 +37,7 @@ class DivergenceWatch:
 
     @torch.no_grad()
     def check_finite(self, tensors: Sequence[Tensor]) -> None:
-        """Go back to what was last kept if one of these is not finite, now or ever before."""
+        """Go back to what was last remembered if one of these is not finite, now or ever before."""
         longest = torch.stack([rows.norm(dim=1).max() for rows in self._rows])
         self.longest = torch.where(self._healthy, longest, self.longest)
         self._healthy = torch.stack([self._healthy, *(t.isfinite().all() for t in tensors)]).all()
@@ -38,7 +46,7 @@ class DivergenceWatch:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Remember the parameters as they are, if all is well."""
+        """Take the parameters as the last good ones, if all is well."""
         for p, good in zip(self._parameters, self._last_good, strict=True):
             good.copy_(torch.where(self._healthy, p, good))
 
@@ -46,8 +54,27 @@ class DivergenceWatch:
         self.good_steps += self._healthy
 
     def healthy(self) -> bool:
-        """Wait for the device and see. If not, the parameters are those last kept, and all is well again."""
+        """Wait for the device. If not, the parameters are the last good ones, and all is well again."""
         if self._healthy:
             return True
         self._healthy = torch.ones_like(self._healthy)
         return False
+
+    def cause(self, words: Sequence[str], vocabulary_norm: float, dtype: torch.dtype) -> str:
+        """What has probably gone wrong, and the remedy.
+
+        Args:
+            words: the placeholders, in the order of the rows.
+            vocabulary_norm: the mean length of the vocabulary's vectors.
+            dtype: of the model.
+        """
+        longest, index = self.longest.max(0)
+        ratio = longest.item() / vocabulary_norm
+        if self.good_steps == 0:
+            return "weights of the checkpoint or pictures hold no finite numbers"
+        if not ratio < 20:
+            remedy = "lower the learning rate, or set max_norm"
+            return f"a vector of {words[index]!r} has become {ratio:.0f} times too long: {remedy}"
+        if dtype == torch.float16:
+            return "the model overflows in float16: use bfloat16 or float32"
+        return "the learning rate is too high"

@@ -1,31 +1,30 @@
-"""Textual Inversion (Gal et al. 2022, arXiv 2208.01618): learning the vectors of a word, the model frozen.
+"""The method of `learn.py` as it is used: several words in one batch, half precision, several processes.
 
-    v* = argmin_v  E || eps - eps_theta(x_t, t, c(y_v)) ||^2                              (equation 2)
-
-The rows v of a placeholder word are the only parameters. Because nothing else changes, one batch may serve
-several words that know nothing of each other: each has its own samples, its own loss and its own rows, and
-learns as if it were alone, but for rounding.
+The rows of the words are the only parameters, and nothing else changes. So one batch may serve words that
+know nothing of each other: each has its own samples, its own loss and its own rows, and learns as if it were
+alone, but for rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..formats.concept import Concept
 from ..model.stable_diffusion import StableDiffusion, compile_for
 from ..model.tokenizer import clean
-from .batches import Batch, Settings, Word, longest_prompts, photo_word, sample_batch
-from .divergence import DivergenceWatch
+from . import state as saved
+from .batches import Batch, Settings, Word, longest_prompts, photo_word, sample_batch, to_device
+from .divergence import Diverged, DivergenceWatch
+from .learn import diffusion_loss
 from .start import initial_rows
 
-
-class Diverged(ArithmeticError):
-    """The loss is no longer a finite number; the rows are those of the step before."""
+log = logging.getLogger(__name__)
 
 
 class Inversion:
@@ -34,11 +33,17 @@ class Inversion:
     Args:
         sd: the model; the words are added to its tokenizer and text encoder.
         words: one or several.
-        settings: how.
+        settings: how they are learned.
         replace: allow placeholders that mean something already.
         rank, world: which of how many processes this is; each handles its share of every batch.
         compiled: turn the loss into one compiled graph at the first step, which takes a while.
         templates: of prompts that the words will also be used in, beside those they are learned in.
+
+    Attributes:
+        rows: (num_vectors, D) float32 parameters of each word.
+        photo_rows: for each word the rows of the words for its single photos, see `Settings.per_image`.
+        step_count: how many steps were taken.
+        vocabulary_norm: the mean length of the vocabulary's vectors.
 
     Raises:
         InputError: settings and words do not fit together, or a word does not fit into a prompt; the model
@@ -57,45 +62,42 @@ class Inversion:
         compiled: bool = False,
         templates: Sequence[str] = (),
     ) -> None:
-        for word in words:
-            if settings.progressive and len(word.init) != 1 + len(settings.progressive):
-                raise InputError(
-                    f"{word.placeholder!r} has {len(word.init)} vectors, progressive steps are for "
-                    f"{1 + len(settings.progressive)}: one to start with and one more at each"
-                )
         self.sd, self.words, self.settings = sd, list(words), settings
-        self.rank, self.world = rank, world
-        self.step_count = 0
+        self.rank, self.world, self.step_count = rank, world, 0
         self.vocabulary_norm = sd.vocabulary.float().norm(dim=1).mean().item()
-        self._ids_of: dict[str, Tensor] = {}
-        known = dict(sd.tokenizer.placeholders)
+        self._add_words(replace, templates)
+        self._all_ids = {clean(w.placeholder): sd.tokenizer.placeholders[clean(w.placeholder)] for w in words}
+        self._update_placeholders()
+        self._starts = [word.init.to(sd.device) for word in self.words]
+        groups = [
+            {"params": [rows, *photo_rows], "lr": word.lr}
+            for word, rows, photo_rows in zip(self.words, self.rows, self.photo_rows, strict=True)
+        ]
+        self._parameters = [p.requires_grad_(True) for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
+        # float16 has so small a range that gradients vanish unless the loss is scaled up (arXiv 1710.03740).
+        self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
+        self._watch = DivergenceWatch(self._parameters, self.rows)
+        sd.inpainting_channels(self.words[0].latents.mean[:1])  # computed once, while the VAE is at hand
+
+        def loss(*inputs: Tensor) -> Tensor:
+            return diffusion_loss(sd, *inputs)
+
+        self._loss = compile_for(sd.device, loss) if compiled else loss
+
+    def _add_words(self, replace: bool, templates: Sequence[str]) -> None:
+        """Teach the model the words, all or none, and see that they fit into their prompts."""
+        sd, known = self.sd, self.sd.tokenizer.placeholders
         try:
             self.rows = [sd.add_concept(Concept(w.placeholder, w.init), replace=replace) for w in self.words]
             self.photo_rows = [self._add_photo_words(word) for word in self.words]
             for word in self.words:
-                for template in (*longest_prompts(word, settings), *templates):
-                    self._encode(template.replace("{}", word.placeholder))  # complains now rather than later
+                self._check_prompts(word, templates)
         except InputError:
-            for name in sd.tokenizer.placeholders.keys() - known.keys():
-                sd.tokenizer.remove_placeholder(name)
-            sd.tokenizer.placeholders.update(known)  # where one was replaced
+            sd.tokenizer.placeholders = known
             raise
-        groups = []
-        for word, rows, photo_rows in zip(self.words, self.rows, self.photo_rows, strict=True):
-            parameters = [p.requires_grad_(True) for p in (rows, *photo_rows)]
-            groups.append({"params": parameters, "lr": word.lr})
-        self._parameters = [p for group in groups for p in group["params"]]
-        self._watch = DivergenceWatch(self._parameters, self.rows)
-        self._starts = [word.init.to(sd.device) for word in self.words]
-        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
-        # float16 has so small a range that gradients vanish unless the loss is scaled up.
-        self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
-        self._all_ids = [sd.tokenizer.placeholders[clean(word.placeholder)] for word in self.words]
-        self._loss = compile_for(sd.device, self._sample_loss) if compiled else self._sample_loss
-        self._extra = sd.inpainting_channels(self.words[0].latents.mean[:1])
-        self._update_placeholder()
 
-    def _add_photo_words(self, word: Word) -> list[torch.nn.Parameter]:
+    def _add_photo_words(self, word: Word) -> list[nn.Parameter]:
         """A word for each photo, starting at random, which takes up what is special about that photo."""
         if not self.settings.per_image:
             return []
@@ -106,64 +108,17 @@ class Inversion:
             for photo in range(count)
         ]
 
-    def _draw(self, word: Word, count: int, *key: object) -> Batch:
-        return sample_batch(word, self.settings, self.sd.schedule.config.num_train_timesteps, count, *key)
-
-    def _losses(self, samples: Sequence[Batch]) -> Tensor:
-        """The loss of each sample: words one after the other, (sum of counts,) float32."""
-        x0, weight, sizes = [], [], []
-        for word, s in zip(self.words, samples, strict=True):
-            view, latents = self._send(s.view), word.latents
-            x0.append(latents.mean[view] + latents.std[view] * self._send(s.posterior_noise))
-            weight.append(latents.weight[view])
-            sizes.append(latents.sizes[view])
-        ids = torch.stack([self._encode(prompt) for s in samples for prompt in s.prompts])
-        eps, t = torch.cat([s.eps for s in samples]), torch.cat([s.t for s in samples])
-        sent = (self._send(eps), self._send(t), self._send(ids))
-        return self._loss(torch.cat(x0), torch.cat(weight), *sent, torch.cat(sizes))
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        """To the model's device, without waiting for what it is doing."""
-        if self.sd.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.sd.device, non_blocking=True)
-
-    def _sample_loss(
-        self, x0: Tensor, weight: Tensor, eps: Tensor, t: Tensor, ids: Tensor, sizes: Tensor
-    ) -> Tensor:
-        """|| target - eps_theta(x_t, t, c(ids)) ||^2: x0, weight, eps (B, ., h, w), t (B,), ids (B, 77)."""
-        schedule = self.sd.schedule
-        x_t = schedule.q_sample(x0, eps, t).to(self.sd.dtype)
-        x_t = torch.cat([x_t, *(extra.expand(len(x_t), -1, -1, -1) for extra in self._extra)], dim=1)
-        prediction = self.sd.unet(x_t, t, *self.sd.condition(ids, sizes)).float()
-        error = weight * (prediction - schedule.target(x0, eps, t)) ** 2  # (B, C, h, w)
-        return error.mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3)).clamp(min=1e-6)
-
-    def _encode(self, prompt: str) -> Tensor:
-        """Token ids of a prompt, (77,), found once."""
-        if prompt not in self._ids_of:
-            self._ids_of[prompt] = self.sd.tokenizer(prompt)[0]
-        return self._ids_of[prompt]
-
-    def _update_placeholder(self) -> None:
-        """Progressive extension: let prompts use as many vectors of each word as are in play at this step."""
-        if not self.settings.progressive:
-            return
-        for word, ids in zip(self.words, self._all_ids, strict=True):
-            used, placeholders = ids[: self._num_active()], self.sd.tokenizer.placeholders
-            if placeholders[clean(word.placeholder)] != used:
-                placeholders[clean(word.placeholder)] = used
-                self._ids_of.clear()
-
-    def _num_active(self) -> int:
-        return 1 + sum(self.step_count >= step for step in self.settings.progressive)
-
-    def active_vectors(self, index: int) -> Tensor:
-        """The vectors of a word that prompts use at this step, (n, D) float32."""
-        return self.rows[index][: self._num_active()] if self.settings.progressive else self.rows[index]
+    def _check_prompts(self, word: Word, templates: Sequence[str]) -> None:
+        if self.settings.progressive and len(word.init) != 1 + len(self.settings.progressive):
+            raise InputError(
+                f"{word.placeholder!r} has {len(word.init)} vectors, progressive steps are for "
+                f"{1 + len(self.settings.progressive)}: one to start with and one more at each"
+            )
+        prompts = (*longest_prompts(word, self.settings), *templates)
+        self.sd.tokenizer([prompt.replace("{}", word.placeholder) for prompt in prompts])
 
     def step(self, *, check: bool | None = None) -> Tensor:
-        """One update. Returns the loss of each word, (words,) float32.
+        """Take one step. Returns the loss of each word before it, (words,) float32.
 
         Args:
             check: whether to wait for the result and `check` it at once; by default on the CPU only, since a
@@ -172,45 +127,108 @@ class Inversion:
         Raises:
             Diverged: see `check`.
         """
-        settings, n = self.settings, self.settings.batch_size
-        total = n * settings.accumulate * self.world
-        drawn = [self._draw(word, total, self.step_count) for word in self.words]
-        losses = torch.zeros(len(self.words), device=self.sd.device)
         self.optimizer.zero_grad(set_to_none=False)
-        for i in range(settings.accumulate):
-            first = (i * self.world + self.rank) * n
-            loss = self._losses([s[first : first + n] for s in drawn]).view(len(self.words), n).sum(1) / total
-            self.scaler.scale(loss.sum()).backward()
+        losses = torch.zeros(len(self.words), device=self.sd.device)
+        for batches in self._draw_batches():
+            loss = self._losses(batches) / self._count
+            self._backward(loss)
             losses += loss.detach()
-        if self.rank == 0 and settings.regularization:
-            pairs = zip(self.rows, self._starts, strict=True)
-            drift = [(rows - start).square().sum(1).mean() for rows, start in pairs]
-            self.scaler.scale(settings.regularization * sum(drift)).backward()
+        if self.settings.regularization and self.rank == 0:
+            self._backward(self._penalty())
+        self._sum_over_processes(losses)
+        self._watch_gradients(losses)
+        self._update()
+        self._constrain()
+        self._watch.check_finite(self._parameters)
+        self._count_step()
+        if check or (check is None and self.sd.device.type == "cpu"):
+            self.check()
+        return losses
+
+    @property
+    def _count(self) -> int:
+        """How many samples of each word there are in a step, in all processes together."""
+        return self.settings.batch_size * self.settings.accumulate * self.world
+
+    def _draw(self, word: Word, count: int, *key: object) -> Batch:
+        return sample_batch(word, self.settings, self.sd.schedule.config.num_train_timesteps, count, *key)
+
+    def _draw_batches(self) -> Iterator[list[Batch]]:
+        """This process's share of the step: for each accumulated batch, the samples of each word."""
+        n, drawn = self.settings.batch_size, [self._draw(w, self._count, self.step_count) for w in self.words]
+        for i in range(self.settings.accumulate):
+            first = (i * self.world + self.rank) * n
+            yield [batch[first : first + n] for batch in drawn]
+
+    def _losses(self, batches: Sequence[Batch]) -> Tensor:
+        """The sum of the losses of each word's samples, (words,)."""
+        samples = []
+        for word, batch in zip(self.words, batches, strict=True):
+            batch = batch.to(self.sd.device)
+            x0, weight, sizes = word.latents_at(batch)
+            ids = to_device(self.sd.tokenizer(batch.prompts), self.sd.device)
+            samples.append((x0, batch.eps, batch.t, ids, weight, sizes))
+        losses = self._loss(*map(torch.cat, zip(*samples, strict=True)))
+        return losses.view(len(self.words), -1).sum(1)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss.sum()).backward()
+
+    def _penalty(self) -> Tensor:
+        """The squared distance of each word's rows to their start, times its weight: (words,)."""
+        pairs = zip(self.rows, self._starts, strict=True)
+        drift = [(rows - start).square().sum(1).mean() for rows, start in pairs]
+        return self.settings.regularization * torch.stack(drift)
+
+    def _sum_over_processes(self, losses: Tensor) -> None:
         if self.world > 1:
             for tensor in (losses, *(p.grad for p in self._parameters)):
                 dist.all_reduce(tensor)
+
+    def _watch_gradients(self, losses: Tensor) -> None:
         # With a scaled loss, gradients may overflow: the scaler then leaves out the step and scales less.
         scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         self._watch.check_finite([losses] if scaled else [losses, *(p.grad for p in self._parameters)])
         self._watch.remember()
+
+    def _update(self) -> None:
         for group, word in zip(self.optimizer.param_groups, self.words, strict=True):
-            group["lr"] = word.lr * settings.lr_factor(self.step_count)
+            group["lr"] = word.lr * self.settings.lr_factor(self.step_count)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if settings.max_norm is not None:
+
+    @torch.no_grad()
+    def _constrain(self) -> None:
+        """Keep vectors below the maximal norm, and those that have not joined in yet where they start."""
+        if self.settings.max_norm is not None:
             for p in self._parameters:
-                p.data.renorm_(2, 0, settings.max_norm * self.vocabulary_norm)
-        self._watch.check_finite(self._parameters)
-        if settings.progressive:
+                p.renorm_(2, 0, self.settings.max_norm * self.vocabulary_norm)
+        if self.settings.progressive:
             for start, rows in zip(self._starts, self.rows, strict=True):
-                waiting = slice(self._num_active(), None)
-                rows.data[waiting] = start[waiting]  # weight decay has been at them
+                waiting = slice(self.num_active, None)
+                rows[waiting] = start[waiting]  # weight decay has changed them
+
+    def _count_step(self) -> None:
         self._watch.count_step()
         self.step_count += 1
-        self._update_placeholder()
-        if check or (check is None and self.sd.device.type == "cpu"):
-            self.check()
-        return losses
+        self._update_placeholders()
+
+    @property
+    def num_active(self) -> int | None:
+        """How many vectors of each word prompts use at this step; None: all."""
+        steps = self.settings.progressive
+        return 1 + sum(self.step_count >= step for step in steps) if steps else None
+
+    def active_vectors(self, index: int) -> Tensor:
+        """The vectors of a word that prompts use at this step, (n, D) float32."""
+        return self.rows[index][: self.num_active]
+
+    def _update_placeholders(self) -> None:
+        """Let the words stand for their active vectors."""
+        known = self.sd.tokenizer.placeholders
+        active = known | {word: ids[: self.num_active] for word, ids in self._all_ids.items()}
+        if active != known:
+            self.sd.tokenizer.placeholders = active
 
     def check(self) -> None:
         """See that all went well in the steps so far.
@@ -221,18 +239,8 @@ class Inversion:
         if self._watch.healthy():
             return
         self.step_count = int(self._watch.good_steps)
-        longest, index = self._watch.longest.max(0)
-        longest = longest.item() / self.vocabulary_norm
-        if self.step_count == 0:
-            cause = "weights of the checkpoint or pictures hold no finite numbers"
-        elif not longest < 20:
-            word = self.words[index].placeholder
-            cause = f"a vector of {word!r} has become {longest:.0f} times too long: "
-            cause += "lower the learning rate, or set max_norm"
-        elif self.sd.dtype == torch.float16:
-            cause = "the model overflows in float16: use bfloat16 or float32"
-        else:
-            cause = "the learning rate is too high"
+        placeholders = [word.placeholder for word in self.words]
+        cause = self._watch.cause(placeholders, self.vocabulary_norm, self.sd.dtype)
         raise Diverged(f"step {self.step_count + 1}: the loss is not finite; probably {cause}")
 
     @torch.no_grad()
@@ -245,43 +253,27 @@ class Inversion:
         n, size, sums = self.settings.batch_size, self.settings.eval_size, 0
         drawn = [self._draw(word, size, "evaluation", self.settings.eval_seed) for word in self.words]
         for first in range(0, size, n):
-            losses = self._losses([s[first : first + n] for s in drawn])
-            sums = sums + losses.view(len(self.words), -1).sum(1)
+            sums = sums + self._losses([batch[first : first + n] for batch in drawn])
         self._watch.check_finite([sums])
         self.check()
         return sums / size
 
     def concept(self, index: int, metadata: dict[str, str] | None = None) -> Concept:
-        """A word as it is now, with the vectors that are in play."""
+        """A word as it is now, with its active vectors."""
         rows = self.active_vectors(index).detach().cpu().clone()
         return Concept(self.words[index].placeholder, rows, metadata or {})
 
+    def freeze(self) -> None:
+        """End learning: the words stay in the model, and later gradients pass them by."""
+        for p in self._parameters:
+            p.requires_grad_(False)
+
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes in the course of learning."""
-        state = {"step": torch.tensor(self.step_count)}
-        for i, group in enumerate(self.optimizer.param_groups):
-            for j, p in enumerate(group["params"]):
-                state[f"{i}.{j}.rows"] = p.detach()
-                state |= {f"{i}.{j}.{key}": value for key, value in self.optimizer.state[p].items()}
-        scaler = {key: torch.tensor(float(value)) for key, value in self.scaler.state_dict().items()}
-        return state | {f"scaler.{key}": value for key, value in scaler.items()}
+        return saved.pack(self.step_count, self.optimizer, self.scaler)
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.step_count = int(state["step"])
+        """Continue where `state_dict` was taken. Raises InputError if it does not fit."""
+        self.step_count = saved.unpack(state, self.optimizer, self.scaler)
         self._watch.good_steps.fill_(self.step_count)
-        for i, group in enumerate(self.optimizer.param_groups):
-            for j, p in enumerate(group["params"]):
-                p.copy_(state[f"{i}.{j}.rows"])
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{i}.{j}.{key}" in state]
-                # AdamW keeps its count of steps on the CPU.
-                places = {"step": torch.device("cpu")}
-                self.optimizer.state[p] = {k: state[f"{i}.{j}.{k}"].to(places.get(k, p.device)) for k in keys}
-        scaler = {
-            key.removeprefix("scaler."): v.item() for key, v in state.items() if key.startswith("scaler.")
-        }
-        if scaler:
-            scaler |= {key: int(scaler[key]) for key in ("growth_interval", "_growth_tracker")}
-            self.scaler.load_state_dict(scaler)
-        self._update_placeholder()
+        self._update_placeholders()

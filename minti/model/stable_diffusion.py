@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class StableDiffusion:
     schedule: Schedule
     source: str = "the checkpoint"  # where it was loaded from, for messages
     zero_empty_prompt: bool = False  # was trained with zeros for no prompt, instead of the prompt ""
+    _grey: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -272,6 +273,20 @@ class StableDiffusion:
         order = [different.index(text) for text in texts]
         return Conditioning(context[order], added and tuple(condition[order] for condition in added))
 
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The UNet's output for noisy latents.
+
+        Args:
+            x_t: (B, C, h, w), converted to the model's dtype.
+            t: (B,) time steps.
+            conditioning: from `condition`.
+
+        Returns:
+            (B, C, h, w) float32: eps, v or x0, see `Schedule.target`.
+        """
+        x = torch.cat([x_t.to(self.dtype), *self.inpainting_channels(x_t)], dim=1)
+        return self.unet(x, t, *conditioning).float()
+
     @torch.no_grad()
     def inpainting_channels(self, x: Tensor) -> list[Tensor]:
         """What an inpainting UNet sees beside noisy latents x, (B, C, h, w): a mask and a picture.
@@ -280,10 +295,11 @@ class StableDiffusion:
         """
         if self.unet.config.in_channels == x.shape[1]:
             return []
-        h, w = (side * self.vae.config.downscale for side in x.shape[2:])
-        grey = self.vae.encode(torch.zeros(1, 3, h, w, device=x.device, dtype=self.vae.dtype)).mean
-        grey = grey.to(self.dtype) * self.vae.config.scaling_factor
-        return [torch.ones_like(x[:, :1], dtype=self.dtype), grey.expand_as(x)]
+        size = tuple(side * self.vae.config.downscale for side in x.shape[2:])
+        if size not in self._grey:
+            grey = self.vae.encode(torch.zeros(1, 3, *size, device=x.device, dtype=self.vae.dtype)).mean
+            self._grey[size] = grey.to(self.dtype) * self.vae.config.scaling_factor
+        return [torch.ones_like(x[:, :1], dtype=self.dtype), self._grey[size].expand_as(x)]
 
     def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """(width, height) in pixels, filled in and checked. Raises InputError unless multiples of 8."""

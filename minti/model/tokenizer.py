@@ -1,12 +1,14 @@
-"""CLIP's tokenizer: byte-level byte-pair encoding with end-of-word marks, and placeholder words on top.
+"""CLIP's tokenizer: byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) of bytes, and placeholder
+words.
 
-A prompt is cleaned (`clean`), cut into words by `PATTERN`, and every word, as UTF-8 bytes, is glued together
-pair by pair in the order in which the pairs were learned. The last symbol of a word carries the mark `</w>`:
+A prompt is cleaned and cut into words by `PATTERN`. The bytes of every word, in UTF-8, are joined pair by
+pair, in the order in which the pairs were learned (`merge`). The last symbol of a word carries the mark
+`</w>`:
 
     "hugging a cat"  ->  "hugging</w>" "a</w>" "cat</w>"  ->  [49406, 34811, 320, 2368, 49407, 49407, ...]
 
-A placeholder word, such as "<toy>", is found in the cleaned text before any of that and stands for ids of its
-own.
+A placeholder word, such as "<toy>", is found in the cleaned prompt before any of that, and stands for ids of
+its own.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from __future__ import annotations
 import html
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 
 import ftfy
 import regex
@@ -40,19 +43,49 @@ def byte_symbols() -> dict[int, str]:
     Bytes that are printable in Latin-1 stand for themselves; the others take the characters from code 256 on.
     The order is that of CLIP's vocabulary: the printable ones first.
     """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    printable = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def clean(text: str) -> str:
-    """Mend broken Unicode, unescape HTML (twice, as web captions need), squeeze blanks, lower the case."""
+    """Mend broken Unicode, unescape HTML (twice, as web captions need), squeeze blanks, lower the case.
+
+    Raises:
+        InputError: it is no text, or holds bytes that are no UTF-8.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{text!r}: a prompt or a word should be text")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(f"{text!r}: holds bytes that are no UTF-8; give it in UTF-8")
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+def merge(parts: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding of one word: join the pair learned earliest, everywhere, until none is left.
+
+    >>> merge(["h", "u", "g", "s</w>"], {("u", "g"): 0, ("h", "ug"): 1, ("g", "s</w>"): 2})
+    ['hug', 's</w>']
+
+    The first round joins "u" and "g", the second "h" and "ug"; then "g" and "s</w>" are no neighbours any
+    more.
+
+    Args:
+        parts: the symbols of the word.
+        ranks: pair -> when it was learned.
+    """
+    parts = list(parts)
+    while known := [pair for pair in itertools.pairwise(parts) if pair in ranks]:
+        first, joined = min(known, key=ranks.__getitem__), []
+        for part in parts:
+            # A symbol that was made in this round is longer than first[0], so it is not joined again.
+            if joined and (joined[-1], part) == first:
+                joined[-1] += part
+            else:
+                joined.append(part)
+        parts = joined
+    return parts
 
 
 def _pattern_of(words: Iterable[str]) -> regex.Pattern[str]:
@@ -82,14 +115,16 @@ class Tokenizer:
         vocab: symbol -> id.
         merges: the learned pairs, the first learned first.
         pad: the token that fills up short prompts; SD 1.x uses the end token, SD 2.x "!" (id 0).
-        max_length: ids a prompt.
+        max_length: ids per prompt.
         source: where the vocabulary came from, for messages.
+
+    Attributes:
+        placeholders: cleaned placeholder word -> its ids. Set it as a whole to change it.
+        unknown_id: the id of words that the vocabulary cannot spell; None: it spells every word.
     """
 
     kind, start, end = "CLIP", START, END
-    unknown_id: int | None = (
-        None  # the id of words that the vocabulary cannot spell; CLIP's spells every word
-    )
+    unknown_id: int | None = None
 
     def __init__(
         self,
@@ -108,16 +143,22 @@ class Tokenizer:
         self.start_id, self.end_id, self.pad_id = vocab[self.start], vocab[self.end], vocab[pad]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.symbols = byte_symbols()
-        self.placeholders: dict[str, list[int]] = {}
-        self._warned: set[str] = set()
-        self._placeholder_pattern = PATTERN
+        self.placeholders = {}
         self._word_ids = lru_cache(maxsize=65536)(self._encode_word)
 
     def __len__(self) -> int:
         """One more than the largest id in use."""
         return 1 + max([*self.vocab.values(), *(i for ids in self.placeholders.values() for i in ids)])
 
-    # Placeholder words ---
+    @property
+    def placeholders(self) -> Mapping[str, list[int]]:
+        return MappingProxyType(self._placeholders)
+
+    @placeholders.setter
+    def placeholders(self, placeholders: Mapping[str, Iterable[int]]) -> None:
+        self._placeholders = {word: list(ids) for word, ids in placeholders.items()}
+        self._placeholder_pattern = _pattern_of(self._placeholders)
+        self._rows: dict[str, Tensor] = {}  # the ids of prompts that were encoded before
 
     def add_placeholder(self, word: str, ids: Iterable[int], *, replace: bool = False) -> None:
         """Let a word stand for the given ids, one for each of its vectors.
@@ -147,43 +188,20 @@ class Tokenizer:
                     f"placeholder {word!r} is a word the model knows and would lose its meaning; "
                     f"choose another, such as <{key}>"
                 )
-        self.placeholders[key] = list(ids)
-        self._placeholder_pattern = _pattern_of(self.placeholders)
+        self.placeholders = self.placeholders | {key: ids}
 
     def remove_placeholder(self, word: str) -> None:
         """Forget a placeholder word again."""
-        self.placeholders.pop(clean(word))
-        others, self.placeholders = self.placeholders, {}
-        for other, ids in others.items():
-            self.add_placeholder(other, ids, replace=True)
-
-    # Encoding ---
-
-    def _merge(self, word: str) -> list[str]:
-        """Byte-pair encoding of one word: join the pair learned earliest, everywhere, until none is left."""
-        parts = [self.symbols[b] for b in word.encode("utf-8")]
-        parts[-1] += "</w>"
-        while len(parts) > 1:
-            first = min(itertools.pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if first not in self.ranks:
-                break
-            joined, i = [], 0
-            while i < len(parts):
-                if tuple(parts[i : i + 2]) == first:
-                    joined.append(first[0] + first[1])
-                    i += 2
-                else:
-                    joined.append(parts[i])
-                    i += 1
-            parts = joined
-        return parts
+        self.placeholders = {key: ids for key, ids in self.placeholders.items() if key != clean(word)}
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         if word in (START, END):
             return (self.vocab[word],)
-        return tuple(self.vocab[part] for part in self._merge(word))
+        parts = [self.symbols[b] for b in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        return tuple(self.vocab[part] for part in merge(parts, self.ranks))
 
-    def _pieces(self, text: str) -> Iterable[tuple[str, Sequence[int]]]:
+    def pieces(self, text: str) -> Iterator[tuple[str, Sequence[int]]]:
         """(word, ids) for each word and placeholder of a prompt."""
         text = clean(text)
         for i, segment in enumerate(self._placeholder_pattern.split(text) if self.placeholders else [text]):
@@ -195,7 +213,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text of any length, without start, end and padding."""
-        return [i for _, ids in self._pieces(text) for i in ids]
+        return [i for _, ids in self.pieces(text) for i in ids]
 
     def __call__(self, prompts: str | Sequence[str]) -> Tensor:
         """Encode prompts as the text encoder wants them.
@@ -209,23 +227,27 @@ class Tokenizer:
             InputError: a placeholder word does not fit, since without it the picture would be another.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        rows = torch.full((len(prompts), self.max_length), self.pad_id)
-        for row, prompt in zip(rows, prompts, strict=True):
-            ids, lost, room = [self.start_id], [], self.max_length - 2
-            for word, word_ids in self._pieces(prompt):
-                if len(ids) - 1 + len(word_ids) > room and word in self.placeholders:
+        if len(self._rows) > 10_000:
+            self._rows.clear()
+        for prompt in prompts:
+            if prompt not in self._rows:
+                self._rows[prompt] = self._encode_prompt(prompt)
+        return torch.stack([self._rows[prompt] for prompt in prompts])
+
+    def _encode_prompt(self, prompt: str) -> Tensor:
+        ids, lost, room = [self.start_id], [], self.max_length - 2
+        for word, word_ids in self.pieces(prompt):
+            if len(ids) - 1 + len(word_ids) > room:
+                if word in self.placeholders:
                     raise InputError(
                         f"{word!r} with its {len(word_ids)} vectors does not fit into the {room} tokens of a "
                         f"prompt; shorten the text before it: {prompt[:60]!r}"
                     )
-                if len(ids) - 1 + len(word_ids) > room:
-                    lost.append(word)
-                ids += word_ids
-            if lost and prompt not in self._warned:
-                self._warned.add(prompt)
-                cut = " ".join(lost)
-                cut = cut if len(cut) <= 200 else f"{cut[:200]}..."
-                log.warning("a prompt has %d tokens at most; cut off: %r", room, cut)
-            ids = [*ids[: self.max_length - 1], self.end_id]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+                lost.append(word)
+            ids += word_ids
+        if lost:
+            cut = " ".join(lost)
+            cut = cut if len(cut) <= 200 else f"{cut[:200]}..."
+            log.warning("a prompt has %d tokens at most; cut off: %r", room, cut)
+        ids = [*ids[: self.max_length - 1], self.end_id]
+        return torch.tensor(ids + [self.pad_id] * (self.max_length - len(ids)))

@@ -14,7 +14,7 @@ this tokenizer.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from unicodedata import category
 
 import regex
@@ -95,7 +95,7 @@ class WordPieceTokenizer(Tokenizer):
     def _encode_word(self, word: str) -> tuple[int, ...]:
         return tuple(self.vocab[piece] for piece in split_word(word, self.vocab))
 
-    def _pieces(self, text: str) -> Iterable[tuple[str, Sequence[int]]]:
+    def pieces(self, text: str) -> Iterator[tuple[str, Sequence[int]]]:
         """(word, ids) for each word and placeholder of a prompt.
 
         Placeholders are looked for in the prompt as it is, since normalising takes it to pieces.

@@ -26,7 +26,8 @@ from ..errors import InputError
 from ..formats.atomic import write_atomically
 from ..formats.concept import Concept, encode_concepts
 from ..inversion.batches import Settings
-from ..inversion.inversion import Diverged, Inversion
+from ..inversion.divergence import Diverged
+from ..inversion.inversion import Inversion
 from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
 from ..version import __version__

@@ -14,7 +14,8 @@ from ..formats.atomic import write_atomically
 from ..formats.concept import Concept
 from ..formats.photos import load_photos
 from ..inversion.batches import Word
-from ..inversion.inversion import Diverged, Inversion
+from ..inversion.divergence import Diverged
+from ..inversion.inversion import Inversion
 from ..inversion.start import initial_rows
 from ..inversion.templates import load_templates
 from ..inversion.views import Latents, encode_views, make_views

@@ -1,0 +1,80 @@
+"""Learning a word from photos, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import check_number
+from ..formats.concept import Concept
+from ..formats.photos import load_photos
+from ..model.stable_diffusion import StableDiffusion
+from .batches import Settings, Word
+from .inversion import Inversion
+from .start import initial_rows
+from .templates import load_templates
+from .views import encode_views, make_views
+
+
+def learn(
+    sd: StableDiffusion,
+    images: str | Path,
+    placeholder: str,
+    init_word: str,
+    *,
+    num_vectors: int = 1,
+    lr: float = 5e-3,
+    seed: int = 0,
+    size: int | None = None,
+    templates: str = "object",
+    replace: bool = False,
+    on_step: Callable[[int, float], None] | None = None,
+    **settings: Any,
+) -> Concept:
+    """Learn a word from a few photos.
+
+    Args:
+        sd: a loaded checkpoint; it knows the word afterwards.
+        images: folder with three to five photos.
+        placeholder: the new word, such as "<toy>".
+        init_word: a coarse description of the concept, such as "toy".
+        num_vectors: how many vectors the word stands for.
+        lr: learning rate of AdamW.
+        seed: decides everything random.
+        size: pixels to train at; by default what the model was trained on.
+        templates: "object", "style", or a file, see `templates.load_templates`.
+        replace: allow a placeholder that means something already, for instance one that was learned before.
+        on_step: called after every step with its number, from 1, and the loss.
+        settings: fields of `Settings`, such as `steps` and `batch_size`.
+
+    Returns:
+        The word, also usable with `sd` at once.
+
+    Raises:
+        InputError: photos or arguments that cannot be used; `sd` does not know the word then.
+        Diverged: the loss became infinite.
+    """
+    check_number("num_vectors", num_vectors, int, 1, 75)
+    check_number("lr", lr, float, 0)
+    check_number("seed", seed, int, 0)
+    options = Settings(**settings)
+    photos = load_photos(images)
+    size = sd.check_size(size)[0]
+    word = Word(
+        placeholder,
+        initial_rows(sd, "word", init_word, num_vectors),
+        encode_views(sd, make_views(photos, size, flip=True, seed=seed)),
+        load_templates(templates),
+        [photo.caption for photo in photos],
+        lr=lr,
+        seed=seed,
+    )
+    inversion = Inversion(sd, [word], options, replace=replace)
+    for step in range(options.steps):
+        loss = inversion.step()
+        if on_step:
+            on_step(step + 1, loss.item())
+    inversion.check()
+    inversion.freeze()
+    return inversion.concept(0)

@@ -1,0 +1,56 @@
+"""The state of an optimizer and a gradient scaler as tensors, which a file can hold and no code hides in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+COUNTS = ("growth_interval", "_growth_tracker")  # whole numbers in the state of a GradScaler
+
+
+def pack(step: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """Count of steps, parameters ("0.0.rows" is the first of the first group), their moments, the scaler."""
+    state = {"step": torch.tensor(step)}
+    for i, group in enumerate(optimizer.param_groups):
+        for j, p in enumerate(group["params"]):
+            state[f"{i}.{j}.rows"] = p.detach()
+            state |= {f"{i}.{j}.{key}": value for key, value in optimizer.state[p].items()}
+    return state | {f"scaler.{key}": torch.tensor(float(v)) for key, v in scaler.state_dict().items()}
+
+
+@torch.no_grad()
+def unpack(state: dict[str, Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+    """Restore what `pack` gave, and return the count of steps.
+
+    Raises:
+        InputError: a tensor is missing, or is not like the parameter it belongs to.
+    """
+
+    def entry(key: str, like: Tensor) -> Tensor:
+        value = state.get(key)
+        if value is None or value.shape != like.shape or value.dtype != like.dtype:
+            raise InputError(
+                f"the saved state is damaged or of another run: {key} is missing or does not fit"
+            )
+        return value
+
+    step = int(entry("step", torch.tensor(0)))
+    # With a scaled loss, the first steps may have been left out, and AdamW have nothing to keep yet.
+    begun = any(key.endswith(".exp_avg") for key in state) if scaler.is_enabled() else step > 0
+    for i, group in enumerate(optimizer.param_groups):
+        for j, p in enumerate(group["params"]):
+            rows = entry(f"{i}.{j}.rows", p)
+            moments = {}
+            if begun:
+                # AdamW keeps its count of steps on the CPU.
+                likes = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+                moments = {key: entry(f"{i}.{j}.{key}", like).to(like.device) for key, like in likes.items()}
+            p.copy_(rows)
+            optimizer.state[p] = moments
+    if scaler.is_enabled():
+        keys = scaler.state_dict().keys()
+        found = {key: entry(f"scaler.{key}", torch.zeros(())).item() for key in keys}
+        scaler.load_state_dict(found | {key: int(found[key]) for key in COUNTS})
+    return step
