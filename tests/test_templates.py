@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minti.errors import InputError
-from minti.inversion.templates import OBJECT, STYLE, TEMPLATES, load_templates
+from minti.inversion.templates import OBJECT, load_templates
 
 
 @pytest.mark.parametrize(("name", "count"), [("object", 27), ("style", 17)])
@@ -22,10 +22,11 @@ def test_lists(name: str, count: int) -> None:
 
 
 def test_what_the_lists_are_for() -> None:
-    assert TEMPLATES == {"object": OBJECT, "style": STYLE}
+    style = load_templates("style")
+    assert load_templates("object") == OBJECT
     assert "a photo of a {}" in OBJECT
-    assert all(template.endswith(" in the style of {}") for template in STYLE)
-    assert not set(OBJECT) & set(STYLE)
+    assert all(template.endswith(" in the style of {}") for template in style)
+    assert not set(OBJECT) & set(style)
 
 
 def test_a_file(tmp_path: Path) -> None:

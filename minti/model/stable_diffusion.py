@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, check_number
+from .checks import check_options, check_output, check_size, check_weights
 from .conditioning import Conditioning
 from .diffusion import Schedule
 from .embedding import LearnedWord, TokenEmbedding, encoder_of
@@ -111,25 +112,12 @@ class StableDiffusion:
         return Conditioning(text.context, None if self.unet.add_embedding is None else (text.pooled, sizes))
 
     def check_weights(self) -> None:
-        """Raises InputError, with its name, if a weight is NaN or infinite, be it only in this dtype."""
-        for part in ("text_encoder", "unet", "vae"):
-            for name, weight in getattr(self, part).named_parameters():
-                if not weight.isfinite().all():
-                    raise InputError(
-                        f"{self.source}: {part} {name} holds NaN or infinity as {self._dtype_name}; "
-                        "use another --dtype, or download it again"
-                    )
+        """Raise InputError with the name of a weight that is NaN or infinite, be it only in this dtype."""
+        check_weights(self._modules, self.source)
 
     @property
-    def _dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    def _check(self, output: Tensor, part: str) -> None:
-        # The weights are looked at once something is wrong: when they are loaded, it would take seconds.
-        if not output.isfinite().all():
-            self.check_weights()
-            remedy = "use --dtype bfloat16 or float32"
-            raise InputError(f"{self.source}: the {part} overflows in {self._dtype_name}; {remedy}")
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
@@ -141,12 +129,11 @@ class StableDiffusion:
         z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         # Few at a time: for a large picture the decoder takes more memory than everything before it.
         count = max(1, 64**2 // z[0, 0].numel())
-        pixels = [self.vae.decode(part) for part in z.split(count)]
-        self._check(torch.cat(pixels), "autoencoder")
-        array = torch.cat(pixels).float().div(2).add(0.5).clamp(0, 1).mul(255).round().byte()
-        return [
-            Image.fromarray(a) for a in array.permute(0, 2, 3, 1).cpu().numpy()
-        ]  # (B, 3, H, W) -> (B, H, W, 3)
+        pixels = torch.cat([self.vae.decode(part) for part in z.split(count)])
+        check_output(pixels, "autoencoder", self._modules, self.source)
+        array = pixels.float().div(2).add(0.5).clamp(0, 1).mul(255).round().byte()
+        array = array.permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
+        return [Image.fromarray(pixels) for pixels in array]
 
     def sample(
         self,
@@ -175,8 +162,10 @@ class StableDiffusion:
         Returns:
             List of pictures in RGB.
         """
+        check_number("num_images", num_images, int, 1)
+        check_number("seed", seed, int, 0)
         options = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "size": size}
-        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
         each = [(p, seed + i) for p in prompts for i in range(num_images)]
         return list(self.sample_each(each, negative_prompt=negative_prompt, batch_size=batch_size, **options))
 
@@ -195,6 +184,7 @@ class StableDiffusion:
             on_step: called after each DDIM step of each batch.
             options: those of `denoise`.
         """
+        check_number("batch_size", batch_size, int, 1)
         for i in range(0, len(each), batch_size):
             prompts, seeds = zip(*each[i : i + batch_size], strict=True)
             for x_t in self.denoise(prompts, seeds, **options):
@@ -231,6 +221,8 @@ class StableDiffusion:
         Raises:
             InputError: the size does not fit; or the UNet's first output is not finite.
         """
+        options = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
+        check_options([*prompts, negative_prompt or ""], seeds, options)
         width, height = self.check_size(size)
         f, device = self.vae.config.downscale, self.device
         shape = (1, self.vae.config.latent_channels, height // f, width // f)
@@ -252,12 +244,12 @@ class StableDiffusion:
         def predict(x_t: Tensor, t: int) -> Tensor:
             x = torch.cat([x_t.to(self.dtype), *extra], dim=1)
             x = torch.cat([x, x]) if guided else x
-            output = self.unet.denoise(x, time_shifts[t], context_kv).float()
+            output = self.unet.denoise(x, time_shifts[t], context_kv)
             if t == times[0]:
-                self._check(output, "UNet")
+                check_output(output, "UNet", self._modules, self.source)
             if not guided:
-                return output
-            without, with_prompt = output.chunk(2)
+                return output.float()
+            without, with_prompt = output.float().chunk(2)
             return without + guidance_scale * (with_prompt - without)
 
         yield from self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
@@ -303,10 +295,4 @@ class StableDiffusion:
 
     def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """(width, height) in pixels, filled in and checked. Raises InputError unless multiples of 8."""
-        side = self.image_size if size is None else size
-        width, height = side if isinstance(side, tuple) else (side, side)
-        f = self.vae.config.downscale
-        if width % f or height % f or width < f or height < f:
-            up = "x".join(str(max(f, -(-side // f) * f)) for side in (width, height))
-            raise InputError(f"size {width}x{height}: both sides must be multiples of {f}, for instance {up}")
-        return width, height
+        return check_size(size, self.image_size, self.vae.config.downscale)

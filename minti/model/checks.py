@@ -1,0 +1,67 @@
+"""What `StableDiffusion` refuses: impossible options, broken weights, numbers that overflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ..errors import InputError, check_number
+
+MAX_SIDE = 16384  # pixels
+
+
+def check_options(prompts: Sequence[str], seeds: Sequence[int], options: Mapping[str, object]) -> None:
+    """Raise InputError unless these can be options of `StableDiffusion.denoise`."""
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt {prompt!r}: should be text, or a list of texts")
+    for seed in seeds:
+        check_number("seed", seed, int, 0, 2**64 - 1)
+    check_number("steps", options["steps"], int, 1)
+    check_number("guidance_scale", options["guidance_scale"], float, 0, 1e6)
+    check_number("eta", options["eta"], float, 0, 1)
+
+
+def check_size(size: object, default: int, f: int) -> tuple[int, int]:
+    """Width and height in pixels.
+
+    Args:
+        size: a number for both, (width, height), or None for the default.
+        default: what the model was trained on.
+        f: what both must be multiples of.
+
+    Raises:
+        InputError: they are not.
+    """
+    size = default if size is None else size
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2:
+        raise InputError(f"size {size!r}: should be one number, or width and height")
+    for side in sides:
+        check_number("size", side, int, 1, MAX_SIDE)
+    if any(side % f for side in sides):
+        up, text = ("x".join(str(side) for side in both) for both in ([-(-s // f) * f for s in sides], sides))
+        raise InputError(f"size {text}: both sides must be multiples of {f}, for instance {up}")
+    return sides
+
+
+def check_output(output: Tensor, what: str, modules: Mapping[str, nn.Module], source: str) -> None:
+    """Raise InputError if an output is not finite, because of a weight or of an overflow.
+
+    The weights are looked at only then: when they are loaded, it would take seconds.
+    """
+    if not output.isfinite().all():
+        check_weights(modules, source)
+        dtype = str(output.dtype).removeprefix("torch.")
+        raise InputError(f"{source}: the {what} overflows in {dtype}; use --dtype bfloat16 or float32")
+
+
+def check_weights(modules: Mapping[str, nn.Module], source: str) -> None:
+    """Raise InputError with the name of a weight that is NaN or infinite, be it only in this dtype."""
+    for part, module in modules.items():
+        for name, weight in module.named_parameters():
+            if not weight.isfinite().all():
+                dtype = str(weight.dtype).removeprefix("torch.")
+                remedy = "use another --dtype, or download it again"
+                raise InputError(f"{source}: {part} {name} holds NaN or infinity as {dtype}; {remedy}")
