@@ -155,27 +155,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             jobs = [job for of_subject in plan.jobs.values() for job in of_subject.values()]
             make_all(jobs, scorer.measure, store, processes, args.sample_steps)
             if processes.rank == 0:
-                evaluations = score_all(plan, scorer, store, benchmark, args.references, args.seed)
+                evaluations = [
+                    benchmark.score({t: store.load(job) for t, job in of.items()}, s.name, s.kind, args.seed)
+                    for s, of in plan.jobs.items()
+                ]
+                references = [benchmark.image_only()] if args.references else []
+                evaluations = with_tradeoffs([*evaluations, *references])
                 print(score_table(evaluations))
                 write_results(folder.path, plan, store, evaluations, models)
-
-
-def score_all(
-    plan: EvaluationPlan,
-    scorer: Scorer,
-    store: PictureStore,
-    benchmark: Benchmark,
-    references: bool,
-    seed: int,
-) -> list[Evaluation]:
-    """The scores of every subject from the measurements in the store, and those of Image Only."""
-    evaluations = []
-    for subject, jobs in plan.jobs.items():
-        embeddings = {t: job.measure(scorer.measure, store)["embeddings"] for t, job in jobs.items()}
-        evaluations.append(benchmark.score(embeddings, subject.name, subject.kind, seed))
-    if references:
-        evaluations.append(benchmark.image_only())
-    return with_tradeoffs(evaluations)
 
 
 def write_results(

@@ -98,14 +98,8 @@ def plan_pictures(prompts: Sequence[str], seed: int, num_images: int, rank: int 
 def files_made(settings: Mapping[str, Any]) -> list[str]:
     """The names of all files that a command with these settings writes, beside its config.yaml."""
     keys = ("prompt", "seed", "num_images", "rank_by_clip")
-    pictures = plan_pictures(*(settings[key] for key in keys))
-    sheets = -(-len(pictures) // GRID_LINES)
-    return [p.file for candidates in pictures for p in candidates] + [grid_name(i) for i in range(sheets)]
-
-
-def grid_name(sheet: int) -> str:
-    """The name of the sheet with an index; no picture has such a name."""
-    return "grid.png" if sheet == 0 else f"grid_{sheet + 1}.png"
+    files = [p.file for candidates in plan_pictures(*(settings[key] for key in keys)) for p in candidates]
+    return [*files, "grid.png", *(f"grid_{i}.png" for i in range(2, 2 + len(files) // GRID_LINES))]
 
 
 def write_grids(out: Path, planned: Sequence[Sequence[Picture]]) -> None:
@@ -124,7 +118,8 @@ def write_grids(out: Path, planned: Sequence[Sequence[Picture]]) -> None:
         for line in lines[start : start + GRID_LINES]:
             images = thumbnails([open_image(path) for path in line], GRID_SIDE)
             cells += [*images, *[Image.new("RGB", images[0].size, "white")] * (columns - len(line))]
-        write_atomically(out / grid_name(sheet), encode_png(image_grid(cells, columns), {}))
+        name = f"grid_{sheet + 1}.png" if sheet else "grid.png"  # no picture has such a name
+        write_atomically(out / name, encode_png(image_grid(cells, columns), {}))
 
 
 def load_concepts(arguments: Sequence[str]) -> dict[str, tuple[str, Concept]]:

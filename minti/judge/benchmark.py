@@ -34,7 +34,7 @@ Statistic = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PromptScores:
-    """The scores of one prompt; CLIP-T is None for the prompt for reconstruction."""
+    """The scores of one prompt. The prompt for reconstruction has no CLIP-T."""
 
     prompt: str
     group: str
@@ -89,15 +89,17 @@ class Benchmark:
         return cls(scorer.embed_images(photos), prompts, dict(zip(templates, texts, strict=True)))
 
     def score(
-        self, embeddings: Mapping[str, Tensor], name: str, kind: str = "word", seed: int = 0
+        self, measured: Mapping[str, Mapping[str, Tensor]], name: str, kind: str = "word", seed: int = 0
     ) -> Evaluation:
         """The scores of pictures.
 
         Args:
-            embeddings: prompt -> (n, P) embeddings of its pictures, for every template of `prompts`.
+            measured: what `Scorer.measure` says of the pictures of every template of `prompts`.
             name, kind: those of the evaluation.
             seed: of the draws for the intervals; see `scores.bootstrap`.
         """
+
+        embeddings = {template: found["embeddings"] for template, found in measured.items()}
 
         def score(statistic: Statistic, templates: Sequence[str]) -> Score | None:
             other = {t: self.photos if statistic is clip_i else self.texts[t] for t in templates}
@@ -177,8 +179,8 @@ def evaluate_word(
         on_step: called after each step of each batch.
     """
     jobs = word_jobs(sd, benchmark.prompts, word, protocol, models_of(sd, scorer), name=name)
-    embeddings = {t: job.measure(scorer.measure, store, on_step)["embeddings"] for t, job in jobs.items()}
-    return benchmark.score(embeddings, word if name is None else name, kind, protocol.seed)
+    measured = {template: job.measure(scorer.measure, store, on_step) for template, job in jobs.items()}
+    return benchmark.score(measured, word if name is None else name, kind, protocol.seed)
 
 
 def tradeoff(evaluation: Evaluation, image_only: Evaluation, prompt_only: Evaluation) -> Score | None:

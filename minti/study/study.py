@@ -81,14 +81,10 @@ class Study:
         """
         groups = self._groups(together, processes.world)
         prompts = sum(len(self.plan.prompts[r.concept.name].templates) for r in self.plan.requests)
-        log.info(
-            "%d words in %d batches, %d training steps; then up to %d pictures of %d steps each",
-            sum(len(group.words) for group in groups),
-            len(groups),
-            sum(group.settings.steps for group in groups),
-            prompts * self.plan.protocol.num_images,
-            self.plan.protocol.steps,
-        )
+        words, steps = sum(len(g.words) for g in groups), sum(g.settings.steps for g in groups)
+        pictures = prompts * self.plan.protocol.num_images
+        text = "%d words in %d batches of %d training steps in all; then up to %d pictures of %d steps each"
+        log.info(text, words, len(groups), steps, pictures, self.plan.protocol.steps)
         mine = processes.share([group for group in groups if not self.learner.is_done(group)])
         steps = sum(self.learner.steps_left(group) for group in mine)
         progress = Progress(steps, "step", estimate_after=10)
@@ -146,14 +142,11 @@ class Study:
             return Outcome(concept.name, family, evaluation, truth, **more)
 
         requests = [
-            (request, {t: job.measure(self.measure, self.store) for t, job in jobs.items()})
+            (request, {template: self.store.load(job) for template, job in jobs.items()})
             for request, jobs in zip(plan.requests, self.jobs, strict=True)
             if request.concept is concept
         ]
-        evaluations = [
-            benchmark.score({t: m["embeddings"] for t, m in found.items()}, r.name, r.kind, seed)
-            for r, found in requests
-        ]
+        evaluations = [benchmark.score(found, r.name, r.kind, seed) for r, found in requests]
         *evaluations, image_only = with_tradeoffs([*evaluations, benchmark.image_only()])
         outcomes = []
         for (request, found), evaluation in zip(requests, evaluations, strict=True):
