@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from ..model.conditioning import TwoTextEncoders
 from ..model.config import TextConfig
 from ..model.diffusion import Schedule
 from ..model.stable_diffusion import StableDiffusion
@@ -26,6 +27,7 @@ from .vocabulary import read_tokenizer
 
 log = logging.getLogger(__name__)
 
+SDXL_SCALE = 0.13025  # of its latents; the same autoencoder as Stable Diffusion 1's, trained anew
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,7 +67,14 @@ def load(
     plan = make_plan(path, variant=variant, ema=ema, vae=vae)
     refuse_problems(plan.path, plan.problems())
     words = load_tokenizer(plan, tokenizer)
-    modules = {name: part.load(DTYPES[dtype], where) for name, part in plan.parts.items()}
+    dtypes = dict.fromkeys(plan.parts, DTYPES[dtype])
+    if plan.is_sdxl and dtype == "float16" and plan.parts["vae"].module.config.force_upcast:
+        dtypes["vae"] = torch.float32
+    modules = {name: part.load(dtypes[name], where) for name, part in plan.parts.items()}
+    if plan.is_sdxl:
+        pad_2 = load_tokenizer(plan, tokenizer, second=True).pad_id
+        both = modules["text_encoder"], modules.pop("text_encoder_2")
+        modules["text_encoder"] = TwoTextEncoders(*both, pad_2)
     if prediction_type:
         plan.schedule = replace(plan.schedule, prediction_type=prediction_type)
     elif plan.ask_prediction_type:
@@ -80,7 +89,8 @@ def load(
     if where.type == "cuda":
         for name in ("unet", "vae"):  # the layout in which convolutions are fastest; not so on the CPU
             modules[name].to(memory_format=torch.channels_last)
-    return StableDiffusion(words, schedule=Schedule(plan.schedule, where), source=str(path), **modules)
+    schedule, zeros = Schedule(plan.schedule, where), plan.zero_empty_prompt
+    return StableDiffusion(words, schedule=schedule, source=str(path), zero_empty_prompt=zeros, **modules)
 
 
 def choose_device(name: str) -> torch.device:
@@ -117,14 +127,21 @@ def make_plan(
     """Look at a checkpoint without reading its weights. The arguments are those of `load`."""
     path = check_exists(path)
     other = plan_vae(check_exists(vae)) if vae else None
-    return plan_folder(path, variant, other) if path.is_dir() else plan_single_file(path, ema, other)
+    plan = plan_folder(path, variant, other) if path.is_dir() else plan_single_file(path, ema, other)
+    if plan.is_sdxl and not plan.parts["vae"].has_config:
+        module = plan.parts["vae"].module
+        module.config = replace(module.config, scaling_factor=SDXL_SCALE)
+    return plan
 
 
 def trained_size(plan: CheckpointPlan) -> tuple[int, int]:
     """Height and width, in latents, of the pictures the model was trained on.
 
-    Folders say it. Single files of SD 2.x that predict v were trained on 768 pixels, all others on 512.
+    Folders say it. Of single files, SDXL was trained on 1024 pixels, an SD 2.x that predicts v on 768, and
+    all others on 512.
     """
+    if plan.layout == "single file" and plan.is_sdxl:
+        return 128, 128
     large = plan.layout == "single file" and plan.family.startswith("SD 2.x")
     if large and plan.schedule.prediction_type == "v_prediction":
         return 96, 96
@@ -147,9 +164,17 @@ def probe_prediction_type(unet: UNet) -> str:
     return "v_prediction" if (output - x[:, : config.out_channels]).float().mean() < -1 else "epsilon"
 
 
-def load_tokenizer(plan: CheckpointPlan, path: str | Path | None = None) -> Tokenizer:
-    """The tokenizer at `path`, or that of the checkpoint's folder, or one beside the single file."""
-    return find_tokenizer(plan.path, plan.parts["text_encoder"].module.config, path, pad=plan.pad)
+def load_tokenizer(
+    plan: CheckpointPlan, path: str | Path | None = None, *, second: bool = False
+) -> Tokenizer:
+    """The tokenizer at `path`, or that of the checkpoint's folder, or one beside the single file.
+
+    SDXL's second encoder has the same vocabulary and another padding token, as the folder says or "!".
+    """
+    if second and plan.layout == "diffusers" and (plan.path / "tokenizer_2").is_dir():
+        path = plan.path / "tokenizer_2"
+    config, pad = plan.parts["text_encoder"].module.config, plan.pad
+    return find_tokenizer(plan.path, config, path, pad="!" if second and plan.layout != "diffusers" else pad)
 
 
 def find_tokenizer(

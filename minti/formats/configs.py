@@ -98,6 +98,7 @@ VAE: Table = {
     "layers_per_block": (2, whole(1, 16)),
     "norm_num_groups": (32, whole(1, WIDTH)),
     "scaling_factor": (0.18215, real(0, 1e4)),  # the oldest folders leave it out
+    "force_upcast": (True, one_of(True, False)),
     "sample_size": (None, optional(number_or_list(whole(1, WIDTH)))),  # not used
     "act_fn": ("silu", one_of("silu", "swish")),
     "mid_block_add_attention": (True, one_of(True)),

@@ -23,6 +23,15 @@ from .reading import naming, read_bytes
 from .weightfile import WeightFile
 
 STEM = "diffusion_pytorch_model"  # how diffusers calls files of weights; transformers calls them "model"
+PARTS = {  # name of the part and its folder -> reader of its config, module, name of its files
+    "text_encoder": (configs.text_config, CLIPTextModel, "model"),
+    "unet": (configs.unet_config, UNet, STEM),
+    "vae": (configs.vae_config, VAE, STEM),
+}
+REFINER = "is the refiner of SDXL, which only finishes pictures; use stable-diffusion-xl-base-1.0"
+PLAYGROUND = (
+    "was trained with the noise levels of EDM, as Playground v2.5 and CosXL, which minti does not have"
+)
 
 
 def plan_folder(path: Path, variant: str | None, vae: PartPlan | None = None) -> CheckpointPlan:
@@ -34,15 +43,18 @@ def plan_folder(path: Path, variant: str | None, vae: PartPlan | None = None) ->
     """
     path = current_snapshot(path)
     index = path / "model_index.json"
-    kind = read_json(index).get("_class_name") or "" if index.is_file() else ""
+    index_json = read_json(index) if index.is_file() else {}
+    kind = index_json.get("_class_name") or ""
     if not isinstance(kind, str):
         raise InputError(f"{index}: _class_name = {str(kind)[:60]} should be the name of a pipeline")
-    if "XL" in kind or (not kind and (path / "text_encoder_2").is_dir()):
-        raise InputError(
-            f"{path}: SDXL needs two text encoders at once, which minti's pipeline does not have"
-        )
-    needed = ("unet", "text_encoder", "scheduler", *(() if vae else ("vae",)))
-    missing = [name for name in needed if not (path / name).is_dir()]
+    wanted = dict(PARTS)
+    if (path / "text_encoder_2").is_dir():
+        wanted["text_encoder_2"] = PARTS["text_encoder"]
+        if not (path / "text_encoder").is_dir():
+            raise InputError(f"{path}: {REFINER}")
+    if vae:
+        del wanted["vae"]
+    missing = [name for name in (*wanted, "scheduler") if not (path / name).is_dir()]
     other = bool(kind) and "StableDiffusion" not in kind
     if missing or other:
         what = f"a {kind}" if other else f"no {', no '.join(missing)} folder"
@@ -50,28 +62,26 @@ def plan_folder(path: Path, variant: str | None, vae: PartPlan | None = None) ->
         hint = f"; did you mean {path / files[0]}?" if files else ""
         raise InputError(f"{path}: is not a whole Stable Diffusion folder ({what}){hint}")
 
-    parts, notes, chosen = {}, [], set()
-    for name, config, module, stem in (
-        ("text_encoder", configs.text_config, CLIPTextModel, "model"),
-        ("unet", configs.unet_config, UNet, STEM),
-        ("vae", configs.vae_config, VAE, STEM),
-    ):
-        if name == "vae" and vae:
-            parts[name] = vae
-            continue
+    source = path / "scheduler" / "scheduler_config.json"
+    with naming(source, "the noise schedule of a Stable Diffusion"):
+        raw = read_json(source)
+        if str(raw.get("_class_name", "")).startswith("EDM"):
+            raise InputError(f"{path}: {PLAYGROUND}")
+        # Whatever the config says, the pipeline of diffusers has taken 1 since it learned of the setting.
+        schedule = replace(configs.schedule_config(raw, str(source)), steps_offset=1)
+        Schedule(schedule)
+    parts, notes, chosen = {"vae": vae} if vae else {}, [], set()
+    for name, (config, module, stem) in wanted.items():
         parts[name] = folder_part(path / name, config, module, stem, variant)
         chosen.add(used := find_weights(path / name, stem, variant)[1])
         if used != (variant or ""):
             notes.append(f"{name}: no {variant or 'plain'} weights, using {parts[name].files[0].path.name}")
     if variant and variant not in chosen:
         raise InputError(f"{path}: no weights of variant {variant!r} in any part; leave out --variant")
-    source = path / "scheduler" / "scheduler_config.json"
-    with naming(source, "the noise schedule of a Stable Diffusion"):
-        # Whatever the config says, the pipeline of diffusers has taken 1 since it learned of the setting.
-        schedule = replace(configs.schedule_config(read_json(source), str(source)), steps_offset=1)
-        Schedule(schedule)
     unexpected = [f"{name}/{key}" for name, part in parts.items() for key in unclaimed_keys([part])]
-    return CheckpointPlan(path, "diffusers", parts, schedule, unexpected=unexpected, notes=notes)
+    plan = CheckpointPlan(path, "diffusers", parts, schedule, unexpected=unexpected, notes=notes)
+    plan.zero_empty_prompt = plan.is_sdxl and index_json.get("force_zeros_for_empty_prompt") is not False
+    return plan
 
 
 def current_snapshot(path: Path) -> Path:
@@ -94,7 +104,7 @@ def folder_part(
     files = [WeightFile(file) for file in find_weights(folder, stem, variant)[0]]
     keys = {key for file in files for key in file.shapes}
     origins = {key: Origin(find_alias(key, keys)) for key in built.state_dict()}
-    return PartPlan(built, origins, files)
+    return PartPlan(built, origins, files, has_config=True)
 
 
 def find_alias(key: str, keys: set[str]) -> str:

@@ -36,7 +36,7 @@ SAMPLING = """
     interpolation_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas sigma_min
     sigma_max final_sigmas_type algorithm_type solver_type solver_order solver_p lower_order_final
     euler_at_final lambda_min_clipped predict_x0 disable_corrector flow_shift time_shift_type predictor_order
-    corrector_order addition_embed_type_num_heads force_upcast
+    corrector_order addition_embed_type_num_heads
 """
 HARMLESS = frozenset(f"{BOOKKEEPING} {SAMPLING}".split())
 

@@ -22,7 +22,7 @@ KEYS = (
         "a model saved in the wrapping of torch; save its `.module` without that prefix",
     ),
     (r"^conditioner\.embedders\.1\.", "SDXL: two text encoders and a larger UNet, in one file"),
-    (r"^conditioner\.", "the refiner of SDXL, or a Stable Diffusion 2 in the layout of its successor's code"),
+    (r"^conditioner\.", "a Stable Diffusion 2 in the layout of its successor's code"),
     (r"^cond_stage_model\.transformer\.token_emb\.", "the first latent diffusion model (LDM), with BERT"),
     (r"^cond_stage_model\.", "a Stable Diffusion in one file (CompVis layout), or most of one"),
     (r"^model\.diffusion_model\.", "a UNet in the CompVis layout, without a text encoder"),

@@ -30,12 +30,14 @@ class PartPlan:
         origins: the name of each weight in the module -> its place in the files.
         files: the files that hold them.
         ignored: a pattern of keys in the files that belong to no module, besides `keymap.IGNORED`.
+        has_config: the files come with a config; otherwise it was guessed from the shapes.
     """
 
     module: nn.Module
     origins: dict[str, Origin]
     files: Sequence[WeightFile]
     ignored: str = r"(?!)"
+    has_config: bool = False
 
     def problems(self) -> list[str]:
         """What keeps the weights from fitting: missing keys, wrong shapes and types, one line each."""
@@ -95,9 +97,10 @@ class CheckpointPlan:
     Attributes:
         path: the folder or file.
         layout: "diffusers" or "single file".
-        parts: "text_encoder", "unet" and "vae".
+        parts: "text_encoder", "unet", "vae", and for SDXL "text_encoder_2".
         schedule: noise schedule and prediction type.
         pad: the tokenizer's padding token, where the family fixes it.
+        zero_empty_prompt: the model was trained with zeros for no prompt.
         ask_prediction_type: nothing tells eps from v but the weights themselves.
         unexpected: keys that no part claims.
         notes: decisions a user should know of.
@@ -108,6 +111,7 @@ class CheckpointPlan:
     parts: dict[str, PartPlan]
     schedule: ScheduleConfig
     pad: str | None = None
+    zero_empty_prompt: bool = False
     ask_prediction_type: bool = False
     unexpected: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -115,11 +119,12 @@ class CheckpointPlan:
     def problems(self) -> list[str]:
         """Everything that keeps it from being loaded, one line each; empty if all is well."""
         found = [f"{name}: {problem}" for name, part in self.parts.items() for problem in part.problems()]
-        text, unet, vae = (self.parts[name].module.config for name in ("text_encoder", "unet", "vae"))
+        unet, vae = (self.parts[name].module.config for name in ("unet", "vae"))
+        texts = {name: part.module.config for name, part in self.parts.items() if "text_encoder" in name}
         latent = vae.latent_channels
-        if text.max_position_embeddings < PROMPT_LENGTH:
-            positions = text.max_position_embeddings
-            found.append(f"text_encoder: has {positions} positions, prompts are {PROMPT_LENGTH} tokens long")
+        for name, text in texts.items():
+            if (positions := text.max_position_embeddings) < PROMPT_LENGTH:
+                found.append(f"{name}: has {positions} positions, prompts are {PROMPT_LENGTH} tokens long")
         if unet.in_channels not in (latent, 2 * latent + 1):
             found.append(
                 f"unet: takes {unet.in_channels} channels, neither those of a text-to-image model ({latent}) "
@@ -127,18 +132,26 @@ class CheckpointPlan:
             )
         if unet.out_channels != latent:
             found.append(f"unet: gives {unet.out_channels} channels, the autoencoder has {latent}")
-        if unet.cross_attention_dim != text.hidden_size:
+        width = sum(text.hidden_size for text in texts.values())
+        if unet.cross_attention_dim != width:
             found.append(
-                f"unet: attends to vectors of {unet.cross_attention_dim}, the text encoder gives "
-                f"{text.hidden_size}"
+                f"unet: attends to vectors of {unet.cross_attention_dim}, the text encoder gives {width}"
             )
-        if unet.projection_class_embeddings_input_dim:
+        pooled = getattr(texts.get("text_encoder_2"), "projection_dim", None)
+        needed = pooled and pooled + 6 * (unet.addition_time_embed_dim or 0)
+        if unet.projection_class_embeddings_input_dim != needed:
             found.append("unet: needs more than a prompt (sizes as SDXL, or a picture as unCLIP)")
         return found + [f"unexpected key {key}" for key in self.unexpected]
+
+    @property
+    def is_sdxl(self) -> bool:
+        return "text_encoder_2" in self.parts
 
     @property
     def family(self) -> str:
         """The name of the family of models, for people."""
         unet: UNetConfig = self.parts["unet"].module.config
-        name = {768: "SD 1.x", 1024: "SD 2.x"}.get(unet.cross_attention_dim, "Stable Diffusion, own size")
+        name = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}.get(
+            unet.cross_attention_dim, "Stable Diffusion, own size"
+        )
         return name + (" inpainting" if unet.in_channels == 9 else "")

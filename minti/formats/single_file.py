@@ -19,15 +19,17 @@ from ..model.tokenizer import END
 from ..model.unet import UNet
 from ..model.vae import VAE
 from . import configs, shapes_to_config
-from .folder import STEM, current_snapshot, folder_part
+from .folder import PLAYGROUND, REFINER, STEM, current_snapshot, folder_part
 from .json_checks import one_of, read_keys, real, whole
 from .keymap import (
+    OPENAI_LAYERS,
     OPENCLIP_LAYERS,
     UNET_LAYERS,
     VAE_LAYERS,
     Origin,
     ema_key,
     find_origins,
+    openai_text_blocks,
     openclip_blocks,
     unet_blocks,
     vae_blocks,
@@ -40,7 +42,12 @@ from .weightfile import WeightFile
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 # Where text encoders stand: OpenCLIP's, in Stability AI's two training codes, and CLIP's.
 OPENCLIP_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.0.model.")
-CLIP_PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")
+CLIP_PREFIXES = (
+    "cond_stage_model.transformer.text_model.",
+    "cond_stage_model.transformer.",
+    "conditioner.embedders.0.transformer.text_model.",  # SDXL's first
+)
+SDXL_PREFIX_2 = "conditioner.embedders.1.model."
 # Keys that would be errors if they were not there twice: the text encoder again, under its other prefix.
 TWICE = r"cond_stage_model\.transformer\.(embeddings|encoder|final_layer_norm)\..*"
 MODEL = "a whole Stable Diffusion model"
@@ -54,29 +61,29 @@ def plan_single_file(path: Path, ema: bool, vae: PartPlan | None = None) -> Chec
         vae: an autoencoder from elsewhere, instead of the file's own.
     """
     file = WeightFile(path)
-    if any(key.startswith("conditioner.embedders.1.") for key in file.shapes):
-        raise InputError(
-            f"{path}: SDXL needs two text encoders at once, which minti's pipeline does not have"
-        )
+    if file.shapes.keys() & {"edm_mean", "edm_vpred.sigma_max"}:
+        raise InputError(f"{path}: {PLAYGROUND}")
+    is_sdxl = any(key.startswith(SDXL_PREFIX_2) for key in file.shapes)
+    if f"{UNET_PREFIX}label_emb.0.0.weight" in file.shapes and not is_sdxl:
+        raise InputError(f"{path}: {REFINER}")
     if "cond_stage_model.transformer.token_emb.weight" in file.shapes:
         raise InputError(f"{path}: has the BERT text encoder of the first latent diffusion model, not CLIP")
     text_prefix = _refuse_unless_whole(file, with_vae=vae is None)
     with naming(path, MODEL), torch.device("meta"):
         unet = UNet(shapes_to_config.unet_config(strip_prefix(UNET_PREFIX, file.shapes)))
         # Stable Diffusion 2 is told by its OpenCLIP, or by the projections of its UNet if that is renamed.
-        is_sd2 = text_prefix in OPENCLIP_PREFIXES or unet.config.use_linear_projection
+        is_sd2 = not is_sdxl and (text_prefix in OPENCLIP_PREFIXES or unet.config.use_linear_projection)
         text = _plan_text(file, text_prefix, is_sd2)
+        text_2 = _plan_second_text(file, unet) if is_sdxl else None
         blocks = unet_blocks(unet.config)
     unet_part = PartPlan(unet, find_origins(unet.state_dict(), blocks, UNET_LAYERS, UNET_PREFIX), [file])
     if vae:
         text.ignored += f"|{re.escape(VAE_PREFIX)}.*"
-    plan = CheckpointPlan(
-        path,
-        "single file",
-        {"text_encoder": text, "unet": unet_part, "vae": vae or _plan_vae_in(file, VAE_PREFIX)},
-        ScheduleConfig(),
-        pad="!" if is_sd2 else END,
-    )
+    parts = {"text_encoder": text, "unet": unet_part, "vae": vae or _plan_vae_in(file, VAE_PREFIX)}
+    if text_2:
+        parts["text_encoder_2"] = text_2
+    pad = "!" if is_sd2 else END
+    plan = CheckpointPlan(path, "single file", parts, ScheduleConfig(), pad, zero_empty_prompt=is_sdxl)
     ours = [part for part in plan.parts.values() if part.files == [file]]
     plan.unexpected = [key for key in unclaimed_keys(ours) if key not in MARKERS]
     _choose_ema(plan, file, ema)
@@ -144,6 +151,16 @@ def _plan_text(file: WeightFile, prefix: str, is_sd2: bool) -> PartPlan:
     unused = re.escape(f"{prefix}{stack}.{config.num_hidden_layers}.") + ".*"
     ignored = f"{unused}|{TWICE}" if prefix == CLIP_PREFIXES[0] else unused
     return PartPlan(text, find_origins(text.state_dict(), blocks, layers, prefix), [file], ignored)
+
+
+def _plan_second_text(file: WeightFile, unet: UNet) -> PartPlan:
+    """SDXL's second text encoder, of which all layers count. Its width tells that of the UNet's sizes."""
+    shapes = strip_prefix(SDXL_PREFIX_2, file.shapes)
+    config = replace(shapes_to_config.openai_text_config(shapes), hidden_act="gelu")
+    sizes = unet.config.projection_class_embeddings_input_dim - config.projection_dim
+    unet.config = replace(unet.config, addition_time_embed_dim=sizes // 6)
+    text, blocks = CLIPTextModel(config), openai_text_blocks(config)
+    return PartPlan(text, find_origins(text.state_dict(), blocks, OPENAI_LAYERS, SDXL_PREFIX_2), [file])
 
 
 def _choose_ema(plan: CheckpointPlan, file: WeightFile, ema: bool) -> None:

@@ -104,6 +104,7 @@ class VAEConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
+    force_upcast: bool = True  # SDXL's overflows in float16, unless its config says that it does not
     scaling_factor: float = 0.18215  # the UNet sees latents times this, which gives them about unit variance
 
     @property
