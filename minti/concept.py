@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .cli.command import run_command
@@ -109,7 +110,7 @@ def merged(files: Sequence[str], renames: Sequence[str], width: int | None) -> l
                     f"rename one of them: --rename '{old}=<another>'"
                 )
             origins[clean(new)] = file
-            concepts.append(Concept(new, concept.vectors, concept.metadata))
+            concepts.append(replace(concept, placeholder=new))
             ours, first = (encoder_of(c.vectors.shape[1]) for c in (concept, concepts[0]))
             if ours != first:
                 raise InputError(

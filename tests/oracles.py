@@ -30,6 +30,7 @@ from transformers import (
 
 import minti
 from minti.formats import keymap
+from minti.model.conditioning import TwoTextEncoders
 from minti.model.tokenizer import byte_symbols
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -315,21 +316,28 @@ def to_single_file(
 
 def single_file(sd: minti.StableDiffusion) -> dict[str, torch.Tensor]:
     """The weights of a loaded model under the names of a single file (`test_keymap.py` proves the names)."""
-    openclip = sd.text_encoder.config.hidden_act == "gelu"
-    prefix = "cond_stage_model.model." if openclip else "cond_stage_model.transformer.text_model."
-    if openclip:
-        text_blocks, text_layers = keymap.openclip_blocks(sd.text_encoder.config), keymap.OPENCLIP_LAYERS
+    if isinstance(sd.text_encoder, TwoTextEncoders):
+        first, second = sd.text_encoder.text_encoder, sd.text_encoder.text_encoder_2
+        blocks = keymap.openai_text_blocks(second.config)
+        texts = [
+            (first, {"text_model.": ""}, {}, "conditioner.embedders.0.transformer.text_model."),
+            (second, blocks, keymap.OPENAI_LAYERS, "conditioner.embedders.1.model."),
+        ]
+    elif sd.text_encoder.config.hidden_act == "gelu":
+        blocks = keymap.openclip_blocks(sd.text_encoder.config)
+        texts = [(sd.text_encoder, blocks, keymap.OPENCLIP_LAYERS, "cond_stage_model.model.")]
     else:
-        text_blocks, text_layers = {"text_model.": ""}, {}
+        texts = [(sd.text_encoder, {"text_model.": ""}, {}, "cond_stage_model.transformer.text_model.")]
     weights = {}
     for module, *names in (
         (sd.unet, keymap.unet_blocks(sd.unet.config), keymap.UNET_LAYERS, "model.diffusion_model."),
         (sd.vae, keymap.vae_blocks(sd.vae.config), keymap.VAE_LAYERS, "first_stage_model."),
-        (sd.text_encoder, text_blocks, text_layers, prefix),
+        *texts,
     ):
         state = module.state_dict()
         weights |= to_single_file(state, keymap.find_origins(state, *names))
-    if openclip:  # files hold a last block and a head, which Stable Diffusion 2 does not use
+    if (prefix := texts[0][-1]) == "cond_stage_model.model.":
+        # Files hold a last block and a head, which Stable Diffusion 2 does not use.
         first, n = f"{prefix}transformer.resblocks.0.", sd.text_encoder.config.num_hidden_layers
         for key in [key for key in weights if key.startswith(first)]:
             weights[key.replace(".0.", f".{n}.", 1)] = torch.full_like(weights[key], 9.0)

@@ -183,12 +183,42 @@ def test_sdxl(suffix: str, tmp_path: Path) -> None:
         word, rows = one(path, width=width)
         assert word == "toy"
         assert torch.equal(rows, content[key])
-    message = rf"several text encoders \(SDXL\), of widths 768, 1280; take one: .* '{path}' OUT --width 768"
-    with pytest.raises(InputError, match=message):
-        Concept.load(path)
+    concept = Concept.load(path)
+    assert torch.equal(concept.vectors, torch.cat([content["clip_l"], content["clip_g"]], dim=1))
+    assert concept.widths == (768, 1280)
     with pytest.raises(InputError, match=r"on a 768-wide encoder \(SD 1\.x\), not on a 1024-wide .*SD 2\.x"):
         Concept.load(path, width=1024)
     assert torch.equal(one(write(tmp_path / f"l{suffix}", {"clip_l": content["clip_l"]}))[1], vectors(2))
+    with pytest.raises(InputError, match="several text encoders, of widths 768, 1280, 4096; take one"):
+        Concept.load(write(tmp_path / f"sd3{suffix}", content | {"t5xxl": vectors(2, 4096)}))
+
+
+@BOTH
+def test_sdxl_in_two_files_of_diffusers(suffix: str, tmp_path: Path) -> None:
+    """learned_embeds and learned_embeds_2, as diffusers' training script writes them."""
+    first, second = vectors(2, 768), vectors(2, 1280, seed=1)
+    path = write(tmp_path / f"learned_embeds{suffix}", {"<toy>": first})
+    write(tmp_path / f"learned_embeds_2{suffix}", {"<toy>": second})
+    for where in (path, tmp_path):
+        concept = Concept.load(where)
+        assert (concept.placeholder, concept.widths) == ("<toy>", (768, 1280))
+        assert torch.equal(concept.vectors, torch.cat([first, second], dim=1))
+    assert torch.equal(Concept.load(path, width=768).vectors, first)
+    write(tmp_path / f"learned_embeds_2{suffix}", {"<another>": second})
+    assert torch.equal(Concept.load(path).vectors, first)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
+def test_sdxl_written_and_read_again(suffix: str, tmp_path: Path) -> None:
+    concept = Concept("<toy>", vectors(2, 2048), {"step": "5"}, (768, 1280))
+    concept.save(path := tmp_path / f"word{suffix}")
+    again = Concept.load(path)
+    assert torch.equal(again.vectors, concept.vectors)
+    assert again.widths == concept.widths
+    if suffix == ".safetensors":
+        assert (again.placeholder, again.metadata) == ("<toy>", {"step": "5"})
+    with pytest.raises(InputError, match="a file holds one word for SDXL"):
+        save_concepts(path, [concept, Concept("<b>", vectors(1))])
 
 
 @pytest.mark.parametrize("rows", [vectors(1)[0], vectors(3, 1024)])
@@ -632,10 +662,9 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "    long: " + "x" * 97 + "...",
         "    minti: 0.1",
     ]
-    assert "'xl': 1 vector for a 768-wide encoder (SD 1.x)" in lines[10]
-    assert "'xl': 1 vector for a 1280-wide encoder (LDM" in lines[11]
-    assert lines[12].endswith("b.pt: official Textual Inversion code")
-    assert "'*': 2 vectors for a 1024-wide encoder (SD 2.x)" in lines[13]
+    assert "'xl': 1 vector for a 2048-wide encoder (SDXL, 768 + 1280)" in lines[10]
+    assert lines[11].endswith("b.pt: official Textual Inversion code")
+    assert "'*': 2 vectors for a 1024-wide encoder (SD 2.x)" in lines[12]
     with pytest.raises(InputError, match="nowhere"):
         run("inspect", tmp_path / "nowhere")
 

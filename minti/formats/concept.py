@@ -37,13 +37,15 @@ class Concept:
 
     Attributes:
         placeholder: the word as it is written in prompts.
-        vectors: (num_vectors, D) float32; D is 768 for SD 1.x, 1024 for SD 2.x.
+        vectors: (num_vectors, D) float32; D is 768 for SD 1.x, 1024 for SD 2.x, 768 + 1280 for SDXL.
         metadata: where it comes from, for people: base model, init word, step, ...
+        widths: the columns for each text encoder, where there are several.
     """
 
     placeholder: str
     vectors: Tensor
     metadata: Mapping[str, str] = field(default_factory=dict)
+    widths: tuple[int, ...] = ()
 
     @classmethod
     def load(cls, path: str | Path, placeholder: str | None = None, *, width: int | None = None) -> Concept:
@@ -70,11 +72,13 @@ class Concept:
     def load_all(cls, path: str | Path, *, width: int | None = None) -> list[Concept]:
         """Read all words of a file; otherwise like `load`."""
         _, concepts = read_concepts(Path(path))
+        if width is not None:
+            concepts = [part for concept in concepts for part in (concept, *concept.parts())]
         widths = sorted({concept.vectors.shape[1] for concept in concepts})
         if width is None and len(widths) > 1:
             several = ", ".join(map(str, widths))
             raise InputError(
-                f"{path}: is a word for several text encoders (SDXL), of widths {several}; "
+                f"{path}: is a word for several text encoders, of widths {several}; "
                 f"take one: python -m minti.concept convert '{path}' OUT --width {widths[0]}"
             )
         if width is not None and width not in widths:
@@ -83,6 +87,11 @@ class Concept:
                 f"not on a {encoder_of(width)}; use the model it was learned on"
             )
         return [concept for concept in concepts if width in (None, concept.vectors.shape[1])]
+
+    def parts(self) -> list[Concept]:
+        """The word for each text encoder by itself, where there are several."""
+        vectors = self.vectors.split(self.widths, dim=1) if self.widths else []
+        return [Concept(self.placeholder, part.contiguous(), self.metadata) for part in vectors]
 
     def save(self, path: str | Path, *, format: str | None = None) -> None:
         """Write a file that other programs read, too, in one piece or not at all; see `save_concepts`."""
@@ -97,12 +106,38 @@ class Concept:
 def read_concepts(path: Path) -> tuple[str, list[Concept]]:
     """Read a file: the name of its format, and its words.
 
-    A word for several text encoders comes several times, in several widths.
+    A word for SDXL has the vectors for its two text encoders side by side, whether one file holds them or, as
+    diffusers' training script writes them, two: `learned_embeds` and `learned_embeds_2`.
 
     Raises:
         InputError: see `Concept.load`.
     """
     path = _file_of(path)
+    kind, concepts = _read_file(path)
+    second = path.with_name(f"{path.stem}_2{path.suffix}")
+    if kind == "diffusers" and len(concepts) == 1 and second.is_file():
+        joined = _join(concepts + _read_file(second)[1])
+        return ("diffusers, two files for SDXL", joined) if len(joined) == 1 else (kind, concepts)
+    return kind, _join(concepts)
+
+
+def _join(concepts: Sequence[Concept]) -> list[Concept]:
+    """Make one word of two of the same name, for two text encoders, that have as many vectors."""
+    by_word: dict[str, list[Concept]] = {}
+    for concept in concepts:
+        by_word.setdefault(concept.placeholder, []).append(concept)
+    joined = []
+    for parts in by_word.values():
+        widths = tuple(part.vectors.shape[1] for part in parts)
+        if len(parts) == 2 and len(set(widths)) == 2 and len({len(part.vectors) for part in parts}) == 1:
+            vectors = torch.cat([part.vectors for part in parts], dim=1)
+            parts = [replace(parts[0], vectors=vectors, widths=widths)]
+        joined += parts
+    return joined
+
+
+def _read_file(path: Path) -> tuple[str, list[Concept]]:
+    """One file: the name of its format, and its words; one for several text encoders comes several times."""
     try:
         in_picture = is_picture(path)
         content = read_picture(path) if in_picture else read_nested(path)
@@ -116,7 +151,8 @@ def read_concepts(path: Path) -> tuple[str, list[Concept]]:
             vectors = torch.atleast_2d(vectors.detach()).float().clone()
             if not vectors.isfinite().all():
                 raise ValueError(f"{word!r} has vectors that are not finite")
-            concepts.append(Concept(word, vectors, notes.get(word, notes[None])))
+            about = dict(notes.get(word, notes[None]))
+            concepts.append(Concept(about.pop("placeholder", word), vectors, about))
     except InputError:
         raise
     except ValueError as error:
@@ -166,7 +202,8 @@ def encode_concepts(path: Path, concepts: Sequence[Concept], format: str | None 
     """The content of a file that is to be called `path`; the same bytes whenever and wherever it is made.
 
     Args:
-        path: `.safetensors`, `.bin` or `.pt`. Only safetensors keep the metadata of a diffusers file.
+        path: `.safetensors`, `.bin` or `.pt`. Only safetensors keep the metadata of a diffusers file, and the
+            name of a word for SDXL, which is otherwise called as its file.
         format: "diffusers", or "a1111" for AUTOMATIC1111's interface, where the word is the name of the file;
             by default a1111 for `.pt`, diffusers for the others.
 
@@ -186,6 +223,13 @@ def encode_concepts(path: Path, concepts: Sequence[Concept], format: str | None 
     notes = {c.placeholder: dict(c.metadata) for c in concepts if c.metadata}
     if len(concepts) == 1:
         notes = dict(concepts[0].metadata)
+    if any(concept.widths for concept in concepts):
+        if len(concepts) > 1:
+            raise InputError(f"{path}: a file holds one word for SDXL; write one file for each")
+        parts = (part.vectors.cpu().contiguous() for part in concepts[0].parts())
+        words, notes = dict(zip(("clip_l", "clip_g"), parts, strict=True)), dict(concepts[0].metadata)
+        texts = {"minti": json.dumps(notes | {"placeholder": concepts[0].placeholder}, sort_keys=True)}
+        return save(words, texts) if suffix == ".safetensors" else _torch_bytes(words)
     texts = {"minti": json.dumps(notes, sort_keys=True)} if notes else {}
     if format == "diffusers":
         try:

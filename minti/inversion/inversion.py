@@ -261,7 +261,7 @@ class Inversion:
     def concept(self, index: int, metadata: dict[str, str] | None = None) -> Concept:
         """A word as it is now, with its active vectors."""
         rows = self.active_vectors(index).detach().cpu().clone()
-        return Concept(self.words[index].placeholder, rows, metadata or {})
+        return Concept(self.words[index].placeholder, rows, metadata or {}, self.sd.widths)
 
     def freeze(self) -> None:
         """End learning: the words stay in the model, and later gradients pass them by."""

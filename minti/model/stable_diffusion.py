@@ -62,6 +62,12 @@ class StableDiffusion:
         return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """The columns of a word's vectors for each text encoder; () where there is one encoder."""
+        widths = tuple(table.weight.shape[1] for table in self.tables)
+        return widths if len(widths) > 1 else ()
+
+    @property
     def tables(self) -> list[TokenEmbedding]:
         """The tables of word vectors: one for each text encoder; a word has columns in every one of them."""
         return [module for module in self.text_encoder.modules() if isinstance(module, TokenEmbedding)]

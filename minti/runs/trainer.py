@@ -110,7 +110,7 @@ class Trainer:
         if not args.eval_every and (args.early_stop is not None or args.keep == "best"):
             raise InputError("--early-stop and --keep best go by evaluations: give --eval-every a number")
         for run in self.runs:
-            concept = Concept(run.placeholder, run.word.init)
+            concept = Concept(run.placeholder, run.word.init, widths=self.sd.widths)
             encode_concepts(run.folder / "learned_embeds.safetensors", [concept])
 
     def resume(self, state: dict[str, Tensor]) -> None:
@@ -271,14 +271,15 @@ class Trainer:
             state[f"init.{i}"] = run.word.init
             if run.final is not None:
                 state |= {f"final.{i}": run.final, f"final_step.{i}": torch.tensor(step)}
-            concept = Concept(run.placeholder, self._vectors(i), metadata)
+            concept = Concept(run.placeholder, self._vectors(i), metadata, self.sd.widths)
             concept.save(run.folder / "embeds" / f"step-{step:06d}.safetensors")
             if run.best is not None:
                 state[f"best.{i}"] = run.best
                 state[f"best_loss.{i}"] = torch.tensor(run.best_loss, dtype=torch.float64)
                 state[f"best_step.{i}"] = torch.tensor(run.best_step)
                 if self.args.keep == "best":
-                    concept = Concept(concept.placeholder, run.best, metadata | {"step": str(run.best_step)})
+                    metadata |= {"step": str(run.best_step)}
+                    concept = Concept(run.placeholder, run.best, metadata, self.sd.widths)
             concept.save(run.folder / "learned_embeds.safetensors")
             write_atomically(run.folder / "log.csv", log_csv(run.rows))
         if resumable:

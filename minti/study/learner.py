@@ -144,4 +144,4 @@ class Learner:
                 if (n == now or (last and n > now)) and not path.exists():
                     metadata = {"init_word": word.init_word, "step": str(now), "seed": str(word.seed)}
                     vectors = inversion.concept(i).vectors[: variant.active_vectors]
-                    Concept(f"<{word.concept.name}>", vectors, metadata).save(path)
+                    Concept(f"<{word.concept.name}>", vectors, metadata, inversion.sd.widths).save(path)
