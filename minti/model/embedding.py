@@ -60,3 +60,30 @@ class TokenEmbedding(nn.Module):
             return known
         rows = F.embedding((ids - vocab_size).where(learned, 0), self.rows).to(known.dtype)
         return torch.where(learned[..., None], rows, known)
+
+
+class WordTables:
+    """The tables of word vectors of a model, which has one text encoder or two side by side."""
+
+    text_encoder: nn.Module
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """The checkpoint's own word vectors, (vocab_size, D), without any learned ones."""
+        tables = [table.weight for table in self.tables]
+        return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The columns of a word's vectors for each text encoder; () where there is one encoder."""
+        widths = tuple(table.weight.shape[1] for table in self.tables)
+        return widths if len(widths) > 1 else ()
+
+    @property
+    def tables(self) -> list[TokenEmbedding]:
+        """The tables of word vectors: one for each text encoder; a word has columns in every one of them."""
+        return [module for module in self.text_encoder.modules() if isinstance(module, TokenEmbedding)]
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The vectors that the text encoders begin with, (B, L) -> (B, L, D)."""
+        return torch.cat([table(ids) for table in self.tables], dim=-1)

@@ -14,7 +14,7 @@ from ..errors import InputError, check_number
 from .checks import check_options, check_output, check_size, check_weights
 from .conditioning import Conditioning
 from .diffusion import Schedule
-from .embedding import LearnedWord, TokenEmbedding, encoder_of
+from .embedding import LearnedWord, WordTables, encoder_of
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
@@ -26,7 +26,7 @@ def compile_for(device: torch.device, function: Callable[..., Tensor]) -> Callab
 
 
 @dataclass
-class StableDiffusion:
+class StableDiffusion(WordTables):
     """A text-to-image latent diffusion model.
 
     All modules are frozen and share one device and dtype, except for an autoencoder that needs float32.
@@ -54,27 +54,6 @@ class StableDiffusion:
         """Width and height in pixels of the pictures the model was trained on."""
         height, width = self.unet.config.sample_size
         return width * self.vae.config.downscale, height * self.vae.config.downscale
-
-    @property
-    def vocabulary(self) -> Tensor:
-        """The checkpoint's own word vectors, (vocab_size, D), without any learned ones."""
-        tables = [table.weight for table in self.tables]
-        return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The columns of a word's vectors for each text encoder; () where there is one encoder."""
-        widths = tuple(table.weight.shape[1] for table in self.tables)
-        return widths if len(widths) > 1 else ()
-
-    @property
-    def tables(self) -> list[TokenEmbedding]:
-        """The tables of word vectors: one for each text encoder; a word has columns in every one of them."""
-        return [module for module in self.text_encoder.modules() if isinstance(module, TokenEmbedding)]
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """The vectors that the text encoders begin with, (B, L) -> (B, L, D)."""
-        return torch.cat([table(ids) for table in self.tables], dim=-1)
 
     def add_concept(self, concept: LearnedWord, *, replace: bool = False) -> nn.Parameter:
         """Teach the model a learned word: it can be used in every prompt from now on.
