@@ -131,7 +131,7 @@ def test_sixteen_bit_greyscale(tmp_path: Path) -> None:
     values = np.linspace(0, 65535, 24 * 16).reshape(16, 24).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "16.png")
     with Image.open(tmp_path / "16.png") as image:
-        assert image.mode == "I;16"
+        assert image.mode in ("I;16", "I")  # the latter before Pillow 11
     result = array(open_image(tmp_path / "16.png"))
     assert np.abs(result - values[..., None] / 257).max() <= 1
     assert result.min() == 0
@@ -228,7 +228,7 @@ def test_pillows_limits_are_widened_for_a_while(tmp_path: Path, monkeypatch: pyt
     picture().save(tmp_path / "icc.png", icc_profile=b"\0" * 2**22)
     picture().save(tmp_path / "large.jpg")
     for name in ("text.png", "icc.png"):
-        with pytest.raises(ValueError, match="Decompressed data too large"):
+        with pytest.raises(ValueError, match="(?i)decompressed data too large"):
             Image.open(tmp_path / name).load()
         assert np.array_equal(array(open_image(tmp_path / name)), array(picture()))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 16 // 2 - 1)
