@@ -58,7 +58,7 @@ def make_views(
         image, is_empty = photo.open(), True
         mask, (width, height) = photo.open_mask(image.size), image.size
         if crop == "none" and min(width, height) * size < max(width, height):
-            raise InputError(f"{photo.path}: {width}x{height} is too narrow to be shown whole; cut it")
+            raise InputError(f"{photo.path}: {width}x{height} is too narrow to be shown whole; crop it")
         for place in rng.random((RANDOM_CROPS, 3)) if crop == "random" else [(0.5, 0.5, 1.0)]:
             cut = _cut(image.size, crop, place)
             pixels = _square(image, size, crop, cut) / 127.5 - 1
