@@ -22,7 +22,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..model.embedding import encoder_of
 from .atomic import write_atomically
-from .embedding_files import find_words, is_picture, read_picture
+from .embedding_files import find_words, is_picture, read_picture, refusal
+from .reading import check_regular, naming
 from .weightfile import read_metadata, read_nested
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,11 @@ def read_concepts(path: Path) -> tuple[str, list[Concept]]:
     Raises:
         InputError: see `Concept.load`.
     """
-    path = _file_of(path)
+    if path.is_dir():
+        path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path / IN_FOLDERS[0])
+    elif not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w-]+", str(path)):
+        remedy = f"if it is on the hub: hf download {path} --local-dir {path.name}"
+        raise InputError(f"{path}: does not exist here; {remedy}")
     kind, concepts = _read_file(path)
     second = path.with_name(f"{path.stem}_2{path.suffix}")
     if kind == "diffusers" and len(concepts) == 1 and second.is_file():
@@ -138,7 +143,7 @@ def _join(concepts: Sequence[Concept]) -> list[Concept]:
 
 def _read_file(path: Path) -> tuple[str, list[Concept]]:
     """One file: the name of its format, and its words; one for several text encoders comes several times."""
-    try:
+    with naming(check_regular(path), "a learned word"):
         in_picture = is_picture(path)
         content = read_picture(path) if in_picture else read_nested(path)
         texts = {} if in_picture else read_metadata(path)
@@ -150,32 +155,12 @@ def _read_file(path: Path) -> tuple[str, list[Concept]]:
         for word, vectors in words:
             vectors = torch.atleast_2d(vectors.detach()).float().clone()
             if not vectors.isfinite().all():
-                raise ValueError(f"{word!r} has vectors that are not finite")
+                raise refusal(f"{word!r} has vectors that are not finite")
             about = dict(notes.get(word, notes[None]))
             concepts.append(Concept(about.pop("placeholder", word), vectors, about))
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{path}: is not a learned word: {error}") from None
     if aside:
         log.warning("%s: left aside %s", path, aside)
     return kind, concepts
-
-
-def _file_of(path: Path) -> Path:
-    """The file that a path stands for. Raises InputError if there is none."""
-    if path.is_dir():
-        found = [path / name for name in IN_FOLDERS if (path / name).is_file()]
-        if not found:
-            raise InputError(f"{path}: is a folder without {' or '.join(IN_FOLDERS)}; give a file")
-        return found[0]
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is not a regular file")
-    if not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w-]+", str(path)):
-        raise InputError(
-            f"{path}: does not exist here; if it is on the hub: hf download {path} --local-dir {path.name}"
-        )
-    return path
 
 
 def _parse_notes(texts: Mapping[str, str]) -> dict[str | None, dict[str, str]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,29 +22,33 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
+from .kinds import kind_of_keys
 from .photos import reading_picture
 
 PICTURES = ("PNG", "WEBP", "JPEG", "BMP", "TIFF", "GIF")
-MAX_VECTORS = 75  # what a prompt has room for
-MODEL_KEYS = (".weight", ".bias")  # how the names of a whole model's tensors end
-LORA_KEYS = re.compile(r"^lora_(unet|te\d?)_|[._]lora[._](A|B|up|down|linear_layer)\b|\.(hada|lokr)_w\d")
+MAX_VECTORS = 75  # the room in a prompt
 
 
 class Format(NamedTuple):
-    """A format that holds one word: its vectors for each text encoder are under a key of their own."""
+    """A format that holds one word, with a key for its vectors for each text encoder."""
 
     name: str
     keys: tuple[str, ...]
 
 
+PIVOTAL = Format("pivotal tuning with diffusers (.pti)", ("text_encoders_0", "text_encoders_1"))
 FORMATS = (
     Format("kohya, invoke-training or AUTOMATIC1111", ("emb_params",)),
     Format("OneTrainer", ("emp_params",)),
     Format("SDXL, SD 3 or Flux", ("clip_l", "clip_g", "t5xxl", "t5")),
-    Format("pivotal tuning with diffusers (.pti)", ("text_encoders_0", "text_encoders_1")),
+    PIVOTAL,
 )
 
 Words = list[tuple[str, Tensor]]
+
+
+def refusal(why: str) -> InputError:
+    return InputError(f"is not a learned word: {why}")
 
 
 def find_words(content: Any, name: str) -> tuple[str, Words, str]:
@@ -60,32 +63,22 @@ def find_words(content: Any, name: str) -> tuple[str, Words, str]:
         encoders comes several times, in several widths; what was left aside, in words.
 
     Raises:
-        ValueError: there is no learned word in it.
+        InputError: there is no learned word in it.
     """
     if isinstance(content, Tensor):
         return "a tensor by itself", _checked([(name, content)]), ""
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}")
+        raise refusal(f"it holds a {type(content).__name__}")
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    keys = [key for key in content if isinstance(key, str)]
-    if bundled := [key for key in keys if re.fullmatch(r"bundle_emb\.[^.]+\..+", key)]:
-        inside: dict[str, dict[str, Any]] = {}
-        for key in bundled:
-            _, word, rest = key.split(".", 2)
-            first, _, second = rest.partition(".")
-            inside.setdefault(word, {"name": word})[first] = (
-                {second: content[key]} if second else content[key]
-            )
-        words = [pair for word, some in inside.items() for pair in find_words(some, word)[1]]
+    content = {key: value for key, value in content.items() if isinstance(key, str)}
+    if bundles := _bundles(content):
+        words = [pair for word, bundle in bundles.items() for pair in find_words(bundle, word)[1]]
         return "bundled with a LoRA", words, "the LoRA itself"
-    if any(LORA_KEYS.search(key) for key in keys):
-        raise ValueError("it is a LoRA, which changes the weights of a model; minti loads words only")
-
     if "string_to_param" in content:
         table = content["string_to_param"]
         if not isinstance(table, dict):
-            raise ValueError(f"string_to_param is a {type(table).__name__}")
+            raise refusal(f"string_to_param is a {type(table).__name__}")
         # The official code's users write the word as it stands in the file; A1111's, the name of the file.
         if "name" not in content:
             return "official Textual Inversion code", _checked(list(table.items())), ""
@@ -93,33 +86,47 @@ def find_words(content: Any, name: str) -> tuple[str, Words, str]:
     for format in FORMATS:
         outputs = [f"{key}_out" for key in format.keys if f"{key}_out" in content]
         named = [(name, content[key]) for key in format.keys if key in content]
-        if format.name.startswith("pivotal") and named:  # there a word is <s0><s1>..., one for each vector
-            named = [("".join(f"<s{i}>" for i in range(len(rows))), rows) for _, rows in named]
         if named or outputs:
-            aside = f"{' and '.join(outputs)}, which OneTrainer adds to the text encoder's output"
             words = _checked(named, one_width=len(format.keys) == 1)
+            if format is PIVOTAL:  # there a word is <s0><s1>..., with a part for each vector
+                count = len(torch.atleast_2d(words[0][1]))
+                words = [("".join(f"<s{i}>" for i in range(count)), rows) for _, rows in words]
+            aside = f"{' and '.join(outputs)}, which OneTrainer adds to the text encoder's output"
             return format.name, words, aside if outputs else ""
-    named = _checked([(key, value) for key, value in content.items() if isinstance(value, Tensor)])
-    return "diffusers", list(join_numbered(dict(named)).items()), ""
+    if kind := kind_of_keys(content):
+        raise refusal(f"it is {kind}")
+    words = _checked([(key, value) for key, value in content.items() if isinstance(value, Tensor)])
+    return "diffusers", list(join_numbered(dict(words)).items()), ""
+
+
+def _bundles(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Word -> what its file would hold, from `bundle_emb.WORD.KEY` or `bundle_emb.WORD.string_to_param.*`."""
+    bundles: dict[str, dict[str, Any]] = {}
+    for key, value in content.items():
+        match key.split(".", 3):
+            case ["bundle_emb", word, name]:
+                bundles.setdefault(word, {})[name] = value
+            case ["bundle_emb", word, name, inner]:
+                bundles.setdefault(word, {"name": word})[name] = {inner: value}
+    return bundles
 
 
 def _checked(named: Sequence[tuple[Any, Any]], *, one_width: bool = True) -> Words:
     if not named:
-        raise ValueError("there are no vectors in it")
+        raise refusal("there are no vectors in it")
     for key, rows in named:
         if not isinstance(rows, Tensor) or not isinstance(key, str):
-            raise ValueError(f"{key!r} is a {type(rows).__name__}")
+            raise refusal(f"{key!r} is a {type(rows).__name__}")
         shape = tuple(rows.shape)
         fits = rows.ndim in (1, 2) and 0 < (1, *shape)[-2] <= MAX_VECTORS and 0 < shape[-1] <= 2**16
         plain = rows.is_floating_point() and rows.layout == torch.strided and rows.device.type == "cpu"
-        if not fits or not plain or key.endswith(MODEL_KEYS):
+        if not fits or not plain or key.endswith((".weight", ".bias")):  # as a model's tensors are called
             beside = f", beside {len(named) - 1} others" if len(named) > 1 else ""
             expected = f"floats, (D,) or (n, D), n at most {MAX_VECTORS}, the room in a prompt"
             dtype = str(rows.dtype).removeprefix("torch.")
-            raise ValueError(f"{key!r} is {shape} {dtype}{beside}; vectors are {expected}")
-    widths = sorted({rows.shape[-1] for _, rows in named})
-    if one_width and len(widths) > 1:
-        raise ValueError(f"its {len(named)} tensors have widths {', '.join(map(str, widths))}")
+            raise refusal(f"{key!r} is {shape} {dtype}{beside}; vectors are {expected}")
+    if one_width and len(widths := sorted({rows.shape[-1] for _, rows in named})) > 1:
+        raise refusal(f"its {len(named)} tensors have widths {', '.join(map(str, widths))}")
     return list(named)
 
 
@@ -149,7 +156,7 @@ def read_picture(path: Path) -> Any:
     """Read the dictionary that AUTOMATIC1111 puts into the text of a picture: base64 of JSON.
 
     Raises:
-        ValueError: there is none.
+        InputError: the picture is damaged or has no such text.
     """
     with reading_picture(path), Image.open(path, formats=PICTURES) as image:
         image.load()
@@ -157,7 +164,7 @@ def read_picture(path: Path) -> Any:
     try:
         return json.loads(base64.b64decode(text), object_hook=_as_tensor)
     except (ValueError, TypeError, RuntimeError):  # RuntimeError: absurd nesting, numbers
-        raise ValueError("a picture without one in its text; pixels are not read, get a file") from None
+        raise refusal("a picture without one in its text; pixels are not read, get a file") from None
 
 
 def _as_tensor(value: dict[str, Any]) -> Any:

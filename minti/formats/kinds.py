@@ -8,7 +8,10 @@ from pathlib import Path
 
 # From a telling key of a file of tensors: the first row that fits any key counts.
 KEYS = (
-    (r"lora_(up|down|A|B|unet|te)|\.lora\.(up|down)", "a LoRA: small changes, to be added to a model"),
+    (
+        r"lora_(up|down|A|B|unet|te|linear)|[._]lora\.(up|down)",
+        "a LoRA: small changes, to be added to a model",
+    ),
     (r"hada_w1|lokr_w1|oft_blocks", "a LyCORIS file: small changes, to be added to a model"),
     (r"^control_model\.|controlnet_cond_embedding", "a ControlNet, which steers a model"),
     (r"motion_modules\.", "AnimateDiff's layers for moving pictures, to be added to a model"),

@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from PIL.Image import Transpose
 
 from ..errors import InputError
+from .reading import read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM"
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
 RAW_SUFFIXES = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 MAX_PIXELS = 2**28  # a phone's camera has up to 200 megapixels
+MAX_CAPTION = 2**16  # bytes; a prompt has room for 75 tokens
 MAX_CHUNK = 2**26  # bytes of a text or colour profile in a PNG, uncompressed
 
 # What turns a picture upright for each value of EXIF's tag Orientation (EXIF 2.3, 4.6.4).
@@ -249,7 +251,7 @@ def _why_none(folder: Path, entries: Sequence[Path]) -> str:
 
 def read_caption(path: Path) -> str:
     """Read a caption. Raises InputError unless it is text with exactly one {}."""
-    content = path.read_bytes()
+    content = read_bytes(path, MAX_CAPTION)
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     caption = content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").strip()
     if "\N{REPLACEMENT CHARACTER}" in caption or "\0" in caption:
