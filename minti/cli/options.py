@@ -84,6 +84,7 @@ class Options:
         self.add(group, "--tokenizer", metavar="PATH", help="tokenizer for a single file, folder or .txt.gz")
         self.add(group, "--variant", metavar="NAME", help="which weights of a folder, such as fp16")
         self.add(group, "--ema", False, help="the averaged weights of a file that has both")
+        self.add(group, "--vae", metavar="PATH", help="autoencoder to use instead: folder or file")
         self.add(group, "--prediction-type", choices=kinds, help="overrides what the checkpoint says")
         self.add(group, "--device", "auto", help="auto, cpu, cuda, cuda:N or mps")
         self.add(group, "--dtype", "auto", choices=["auto", *DTYPES], help="number format of the weights")

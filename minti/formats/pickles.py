@@ -218,6 +218,8 @@ def _read_legacy(file: BinaryIO) -> Any:
     if Unpickler(file, storage).load() != LEGACY_MAGIC:
         raise InputError("is a pickle, but none of torch.save; save its weights as safetensors")
     _, _, content, keys = (Unpickler(file, storage).load() for _ in range(4))
+    if sorted(keys) != sorted(storages):
+        raise InputError("it does not hold the numbers that it names")
     for key in keys:
         tensor = storages[str(key)]
         count = int.from_bytes(file.read(8), "little")

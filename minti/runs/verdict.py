@@ -223,7 +223,7 @@ def sample(run: Run, file: str) -> str:
     config, path = run.config, run.folder / file
     scene = "a house by the sea in the style of" if config.get("templates") == "style" else "a photo of"
     model = ["--checkpoint", str(config.get("checkpoint", "CHECKPOINT"))]
-    for key in ("tokenizer", "variant", "prediction_type", "size"):
+    for key in ("tokenizer", "variant", "vae", "prediction_type", "size"):
         if config.get(key):
             model += [f"--{key.replace('_', '-')}", str(config[key])]
     model += ["--ema"] * (config.get("ema") is True)
