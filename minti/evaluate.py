@@ -32,7 +32,7 @@ from .judge.picture_jobs import PictureStore, Protocol, file_name, make_all
 from .judge.prompts import decode_text
 from .judge.results import plot, report, score_table, write_sheet
 from .judge.scorer import Scorer, choose_clip
-from .runs.verdict import Run
+from .runs.folder import RunRecord
 from .version import __version__
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def parse(opts: Options, argv: Sequence[str] | None) -> tuple[argparse.Namespace
     args = opts.parse(argv, required=[])
     if len(args.concept) != 1 or not Path(args.concept[0]).is_dir():
         return args, False
-    config = Run(Path(args.concept[0])).config
+    config = RunRecord(Path(args.concept[0])).config
     base = {key: config[key] for key in OF_A_RUN if key in config}
     return opts.parse(argv, required=[], base=base), config.get("templates") == "style"
 

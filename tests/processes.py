@@ -95,7 +95,6 @@ def _run(argv: list[str], stderr: str, crash: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = crashing
-    train.training_memory = lambda *_: (0, 0)  # would take longer than the whole run
     try:
         run_command("minti.train", train.main)
     except SystemExit as error:

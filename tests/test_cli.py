@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import errno
+import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from minti.cli.command import run_command
-from minti.cli.options import Options, number, size
+from minti import __version__
+from minti.cli.command import Stream, out_of_memory, run_command
+from minti.cli.options import Options, number, path, size
+from minti.cli.processes import Processes
 from minti.cli.progress import Progress
+from minti.cli.work_folder import WorkFolder
 from minti.errors import InputError
+
+from .processes import ENVIRONMENT, ROOT
 
 
 def options() -> Options:
@@ -131,8 +140,7 @@ def test_one_line_about_a_bad_option(argv: list[str], parts: list[str]) -> None:
 def test_an_unknown_flag_gets_a_suggestion() -> None:
     with pytest.raises(InputError, match="did you mean"):
         parse("--guidance-scal3", "3")
-    with pytest.raises(InputError, match="did you mean"):
-        parse("--negative_prompt", "x")
+    assert parse("--negative_prompt", "x", "--guidance_scale=2")["guidance_scale"] == 2
 
 
 @pytest.mark.parametrize("value", ["[a", "{", "'a", "a: b: c", "*x", "@", "{a: b}", "cat: red", "no", "on"])
@@ -173,6 +181,22 @@ def test_required() -> None:
         (b"steps: {a: 1}\n", "steps: {'a': 1} is not a single value"),
         (b"prompt: [{a: 1}]\n", "prompt"),
         (b"steps: [1, 2]\n", "steps"),
+        (b"negative_prompt: 0123\n", "negative-prompt: 83 is no text in YAML; put it between quotes"),
+        (b"negative_prompt: 12:30\n", "negative-prompt: 750 is no text in YAML"),
+        (b"prompt: [a, 1.10]\n", "is no text in YAML"),
+        (b"negative_prompt: 2024-01-02\n", "is no text in YAML"),
+        (b"negative_prompt: 2024-13-45\n", "is not valid YAML"),
+        (b"steps: !!int x\n", "is not valid YAML"),
+        (b'prompt: "a\\0b"\n', "holds characters that are no text"),
+        (b'prompt: "\\ud800"\n', "holds characters that are no text"),
+        (b"steps: " + b"[" * 3000 + b"]" * 3000, "is not valid YAML"),
+        (b"steps: 1" + b"0" * 5000, "is not valid YAML"),
+        (
+            b"a: &a [x, x, x, x, x, x, x, x, x]\n"
+            + b"".join(b"%c: &%c [%s]\n" % (i + 1, i + 1, b",".join([b"*%c" % i] * 9)) for i in b"abcdefgh"),
+            "too many for a config file",
+        ),
+        (b"#" * 2_000_000, "too many for a config file"),
     ],
 )
 def test_one_line_about_a_bad_config_file(content: bytes | None, message: str, tmp_path: Path) -> None:
@@ -182,6 +206,48 @@ def test_one_line_about_a_bad_config_file(content: bytes | None, message: str, t
     with pytest.raises(InputError) as caught:
         parse("--config", str(path))
     assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_config_that_is_no_file(tmp_path: Path) -> None:
+    """A named pipe would be waited for for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(InputError, match="is not a file; give a YAML file, or the name of a recipe"):
+            parse("--config", str(tmp_path / name))
+
+
+def test_bytes_that_are_no_text() -> None:
+    for text in ("caf\udce9 cup", "a\x1b[31m"):
+        with pytest.raises(InputError, match="is not text in UTF-8, or holds control characters"):
+            parse("--prompt", text)
+
+
+def test_numbers_have_bounds() -> None:
+    for text in ("1e400", "inf", "nan"):
+        with pytest.raises(InputError, match="guidance-scale"):
+            parse("--guidance-scale", text)
+    for flag, text in (
+        ("--steps", "1" + "0" * 12),
+        ("--size", "100000"),
+        ("--size", "0x64"),
+        ("--size", "-8"),
+    ):
+        with pytest.raises(InputError, match=flag):
+            parse(flag, text)
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert path("~/photos") == "/home/me/photos"
+    assert path("a/~/photos") == "a/~/photos"
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--version")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"minti {__version__}\n"
 
 
 def test_help_groups_the_options_and_shows_defaults(capsys: pytest.CaptureFixture) -> None:
@@ -225,7 +291,7 @@ def exit_code(error: BaseException | None, capsys: pytest.CaptureFixture) -> tup
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried ..."),
             2,
-            "minti.test: error: out of memory; try --batch-size 1, --dtype float16 or a smaller --size\n",
+            "minti.test: error: out of memory; try --batch-size 1 or a smaller --size\n",
         ),
     ],
 )
@@ -247,6 +313,196 @@ def test_mistakes_in_the_program_are_not_dressed_up() -> None:
 
     with pytest.raises(AssertionError):
         run_command("minti.test", main)
+
+
+def test_the_advice_fits_what_ran_out() -> None:
+    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(InputError, match=r"^out of memory; buy more$"), out_of_memory("buy more"):
+            raise error
+    with pytest.raises(RuntimeError, match="a bug"), out_of_memory("buy more"):
+        raise RuntimeError("a bug")
+
+
+def test_a_stream_that_cannot_be_written() -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    stream = Stream(Closed())
+    print("nobody reads this", file=stream, flush=True)
+    assert stream.error.errno == errno.EIO
+    print("nor this", file=Stream(None))
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    print("\x1b[31m<toy>\x9b\tred", file=Stream(text := io.StringIO()))
+    assert text.getvalue() == "\\x1b[31m<toy>\\x9b\tred\n"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        (">/dev/full", 2, "error: standard output: No space left on device; free some space"),
+        ("2>/dev/full", 0, ""),
+        ("2>&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+        ("| true", 0, ""),
+    ],
+)
+def test_help_that_nobody_can_read(redirection: str, code: int, said: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m minti.report --help {redirection}"
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert (result.returncode, "Traceback" in result.stderr) == (code, False), result.stderr
+    assert said in result.stderr
+
+
+# Several processes ---
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "banana"}, "WORLD_SIZE is 'banana'; unset it, or use torchrun"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        ({"RANK": "5"}, "RANK is 5 and WORLD_SIZE is 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
+    ],
+)
+def test_odd_variables(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        Processes.from_environment()
+
+
+LEAVE = """
+import os, torch, torch.distributed as dist
+from minti.cli.processes import Processes
+def threads():
+    return [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+with Processes.from_environment().joined():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    torch.optim.AdamW([parameter]).step()  # imports what would keep the group alive
+    dist.all_reduce(torch.ones(3))
+    assert any("gloo" in name for name in threads()), threads()
+assert not any("gloo" in name for name in threads()), threads()
+print("left", dist.is_initialized())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the names of threads from /proc")
+def test_no_thread_is_left_behind() -> None:
+    """One that is still there when Python shuts down aborts the process, some of the time."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, "--no-python", sys.executable, "-c", LEAVE],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("left False") == 2
+
+
+# Folders ---
+
+
+def folder(path: Path, steps: int = 3, command: str = "minti.test", **settings: object) -> WorkFolder:
+    settings = {"steps": steps, "device": "cpu"} | settings
+    return WorkFolder(
+        path,
+        command,
+        settings,
+        defaults={"steps": 50, "device": "auto", "flip": True, "limit": None},
+        made=lambda settings: ("result.txt", "pictures"),
+        may_differ=("device",),
+        signature=("steps", "device"),
+    )
+
+
+def begin(path: Path, *, resume: bool = True, overwrite: bool = False, **settings: object) -> bool:
+    with folder(path, **settings) as work:
+        continues = work.check(resume=resume, overwrite=overwrite)
+        work.begin()
+    return continues
+
+
+def test_a_folder_is_begun_and_continued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "new" / "out"
+    assert not begin(out)
+    (out / "result.txt").write_text("dear")
+    assert begin(out, device="cuda")  # which may differ
+    assert (out / "result.txt").read_text() == "dear"
+    text = (out / "config.yaml").read_text()
+    assert f"made_by: minti.test {__version__}" in text and "device: cuda" in text
+    with pytest.raises(InputError, match=r"config\.yaml: steps was 3, now it is 4; leave that as it was"):
+        begin(out, steps=4)
+    with pytest.raises(InputError, match="exists already; give another --out, or --resume, or --overwrite"):
+        begin(out, resume=False)
+
+
+def test_a_folder_of_another_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An option that it lacks has its default, which is said; one that it should not have is named."""
+    caplog.set_level("INFO")
+    (tmp_path / "config.yaml").write_text("steps: 3\ndevice: cpu\n")  # before `made_by` was written
+    with pytest.raises(InputError, match="flip was True, now it is False"):
+        begin(tmp_path, flip=False)
+    with pytest.raises(InputError, match="limit was None, now it is 2"):
+        begin(tmp_path, limit=2)
+    assert begin(tmp_path)
+    assert "config.yaml: has no flip, an option of a later version; it is True" in caplog.text
+    (tmp_path / "config.yaml").write_text("made_by: minti.test 9.0\nsteps: 3\ndevice: cpu\nwarp: 9\n")
+    with pytest.raises(InputError, match="warp was 9, now it is None"):
+        begin(tmp_path)
+    assert "was begun by minti.test 9.0" in caplog.text
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else(overwrite: bool, tmp_path: Path) -> None:
+    for content in (None, "made_by: minti.other 0.1.0\nsteps: 3\ndevice: cpu\n", "steps: 3\n", "mine: 1\n"):
+        (tmp_path / "result.txt").write_text("dear")
+        if content:
+            (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(InputError, match=r"holds something that minti\.test did not make"):
+            begin(tmp_path, overwrite=overwrite)
+        assert (tmp_path / "result.txt").read_text() == "dear"
+
+
+def test_overwriting_a_folder(tmp_path: Path) -> None:
+    """Removes what the command made there, and no more; a link itself, and not what it leads to."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    (other / "precious.png").write_text("dear")
+    begin(out)
+    for name in ("result.txt", "notes.txt", ".result.txt.a1b2c3d4"):
+        (out / name).write_text("old")
+    (out / "pictures").symlink_to(other)
+    with pytest.raises(InputError, match="pictures: is a link; nothing is written outside --out"):
+        begin(out)
+    begin(out, overwrite=True, steps=9)
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "notes.txt"}
+    assert (other / "precious.png").read_text() == "dear"
+
+
+def test_two_processes_in_one_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    with folder(tmp_path / "out") as first, folder(tmp_path / "out") as second:
+        first.check(resume=True, overwrite=False)
+        second.check(resume=True, overwrite=False)  # neither is there yet
+        first.begin()
+        with pytest.raises(InputError, match="another process is working in this folder"):
+            second.begin()
+        with pytest.raises(InputError, match="another process is working in this folder"):
+            begin(tmp_path / "out")
+    assert begin(tmp_path / "out")
 
 
 # Progress ---

@@ -15,8 +15,9 @@ from PIL import Image
 from minti import sample
 from minti.cli.svg import chart, short
 from minti.formats.concept import Concept
+from minti.runs.folder import RunRecord as Run
 from minti.runs.report import write_report
-from minti.runs.verdict import Run, advice, trend, verdict, warnings
+from minti.runs.verdict import advice, trend, trend_of, verdict, warnings
 
 COLUMNS = "step,loss,eval_loss,lr,norm,cosine,seconds"
 CONFIG = {"placeholder": "<toy>", "init_word": "toy", "checkpoint": "my weights/sd", "lr": 0.004, "steps": 8}
@@ -113,7 +114,7 @@ def test_verdict(make, losses, kind, words):
 
 def test_evaluations_between_other_steps(make):
     folder = make([None, 0.5, None, 0.47, None, 0.44, None, 0.4])
-    t = Run(folder).trend
+    t = trend_of(Run(folder))
     assert (t.kind, t.first, t.first_step, t.best, t.best_step) == ("falling", 0.5, 2, 0.4, 8)
     assert "−20.0 % since step 2" in page_of(folder).text  # noqa: RUF001
 

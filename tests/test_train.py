@@ -9,11 +9,10 @@ import logging
 import math
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,9 @@ from minti.inversion.views import encode_views, make_views
 from minti.model.model_hash import model_hash
 from minti.model.vae import VAE
 from minti.runs import trainer
-from minti.runs.folder import Run
+from minti.runs.learned_word import LearnedWord, Watching
+from minti.runs.report import nearest_words
+from minti.runs.stop import Stop
 from minti.runs.trainer import Trainer
 from minti.runs.words import view_picture
 
@@ -62,20 +63,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-@pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """Training in this very process takes over Ctrl-C; give it back."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without report and estimate of memory, which take longer than a short run."""
-    monkeypatch.setattr(train, "write_report", lambda *_: None)
-    monkeypatch.setattr(train, "training_memory", lambda *_: (0, 0))
+    """Without the report, which takes longer than a short run."""
+    monkeypatch.setattr(trainer, "write_report", lambda *_: None)
 
 
 def arguments(base: Path, out: Path, *more: str) -> list[str]:
@@ -180,7 +171,8 @@ def test_everything_a_run_writes(
     # What it said
     messages = [record.getMessage() for record in caplog.records]
     assert "<toy>: 2 photos, 4 views of 16 pixels" in messages
-    assert any(m.startswith("memory: about ") and m.endswith(" MB to learn") for m in messages)
+    assert f"5 steps of 2 samples on cpu, saved in {out} every 3 steps" in messages
+    assert any(re.fullmatch(r"memory after one step: \d+ MB", m) for m in messages)
     assert messages[-1] == f"<toy>: learned in {out / 'learned_embeds.safetensors'}"
     said = re.search(r"5/5 steps, .*, loss \d\.\d+, eval loss \d\.\d+, (\d+) MB", capsys.readouterr().err)
     assert 10 < int(said[1]) < 100_000
@@ -442,11 +434,11 @@ def stops_after(values: list[float], window: int, threshold: float) -> int | Non
 @pytest.mark.parametrize("window", [2, 5, 10])
 def test_when_to_stop(window: int, threshold: float) -> None:
     expected = stops_after(CURVE, window, threshold)
-    args = Namespace(early_stop=threshold, early_stop_window=window, progressive=[])
+    watching = Watching(early_stop=threshold, early_stop_window=window)
     found = None
     for n in range(len(CURVE) + 1):
         rows = [{"eval_loss": v} for x in CURVE[:n] for v in (None, x)]
-        if Run(None, "", Path(), "", torch.zeros(32), rows).has_converged(args):
+        if LearnedWord(None, "", Path(), "", torch.zeros(32), rows).has_converged(watching):
             found = n
             break
     assert found == expected
@@ -477,10 +469,12 @@ def test_a_run_stops_early(run: Callable, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_not_before_the_last_vector_has_learned() -> None:
-    rows = [{"eval_loss": v} for v in (3.0, 1.0, 2.0, 2.0)]
     for step, expected in ((3, True), (4, False)):
-        args = Namespace(early_stop=0.1, early_stop_window=2, progressive=[step])
-        assert Run(None, "", Path(), "", torch.zeros(32), rows).has_converged(args) == expected
+        rows = [{"step": i, "eval_loss": v} for i, v in enumerate((3.0, 1.0, 2.0, None), 1)]
+        word = LearnedWord(None, "", Path(), "", torch.zeros(32), rows)
+        watching = Watching(early_stop=0.1, early_stop_window=2)
+        word.evaluated(2.0, torch.zeros(1, 32), watching, last_vector=step)
+        assert (word.final is not None) == expected
 
 
 def test_each_word_stops_by_itself(
@@ -495,14 +489,14 @@ def test_each_word_stops_by_itself(
     pretend(monkeypatch, *curves.values())
     out = run("--config", write_config(tmp_path, words), *more)
 
-    stop, count = trainer.Stop.anywhere, 0
+    stop, count = Stop.anywhere, 0
 
-    def after_seven(self: trainer.Stop, world: int) -> bool:
+    def after_seven(self: Stop, world: int) -> bool:
         nonlocal count
         count += 1
         return count == 7 or stop(self, world)
 
-    monkeypatch.setattr(trainer.Stop, "anywhere", after_seven)
+    monkeypatch.setattr(Stop, "anywhere", after_seven)
     again = tmp_path / "again"
     for curve in ([c[:7] for c in curves.values()], [c[7:] for c in curves.values()]):
         pretend(monkeypatch, *curve)
@@ -544,7 +538,7 @@ def test_a_learning_rate_that_is_too_high(
     run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports = []
-    monkeypatch.setattr(train, "write_report", lambda folder, nearest: reports.append(folder))
+    monkeypatch.setattr(trainer, "write_report", lambda folder, nearest: reports.append(folder))
     said = failed(lambda: run("--lr", "1e30"), capsys)
     assert "minti.train: error: step " in said
     assert "lower the learning rate" in said
@@ -615,7 +609,13 @@ def test_the_last_good_vectors_are_kept(
         (["--lr", "nan"], "lr"),
         (["--beta1", "1"], "beta1: 1 should be at least 0 and below 1"),
         (["--beta2", "1"], "beta2: 1 should be at least 0 and below 1"),
-        (["--lr", "inf"], "lr: inf should be at least 0 and below inf"),
+        (["--lr", "inf"], "lr: inf should be at least 0 and finite"),
+        (["--regularization", "1e38"], "regularization: 1e38 should be at least 0 and at most 1000000.0"),
+        (
+            ["--batch-size", "1000000000000"],
+            "batch-size: 1000000000000 should be at least 1 and at most 4096",
+        ),
+        (["--size", "512x768"], "photos are trained as squares; give one number"),
         (["--sample-steps", "5000"], "--sample-steps: "),
         (["--placeholder", "emb_params"], "'emb_params' cannot be a word"),
         (["--placeholder", "toy.bias"], "'toy.bias' cannot be a word"),
@@ -702,12 +702,12 @@ def test_several_words_go_on(
     words = [{"name": n, "placeholder": f"<{n}>", "images": str(base / "photos")} for n in "ab"]
     config = write_config(tmp_path, words)
     expected = run("--config", config, out=tmp_path / "expected")
-    monkeypatch.setattr(trainer.Stop, "anywhere", lambda self, world: True)
+    monkeypatch.setattr(Stop, "anywhere", lambda self, world: True)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run("--config", config, "--resume")
     monkeypatch.undo()
-    monkeypatch.setattr(train, "write_report", lambda *_: None)
+    monkeypatch.setattr(trainer, "write_report", lambda *_: None)
     out = run("--resume")  # nothing but the folder is needed
     for name in "ab":
         assert torch.equal(learned(out / name), learned(expected / name))
@@ -812,19 +812,16 @@ def test_the_model_is_not_touched(run: Callable, base: Path) -> None:
     assert files() == before
 
 
-def test_nearest_words(base: Path, tmp_path: Path) -> None:
+def test_nearest_words(base: Path) -> None:
     """For the report: the words of the vocabulary with the largest cosine, by plain arithmetic."""
     sd: StableDiffusion = minti.load(base / "model", device="cpu")
     table = sd.text_encoder.token_embedding.weight.clone()
     ids = sd.tokenizer.encode("cat toy")
-    init = table[ids] * torch.tensor([[3.0], [0.5]])
-    views = make_views(load_photos(base / "photos"), 16, flip=False)
-    word = Word("<toy>", init, encode_views(sd, views))
-    args = train.options().parse(arguments(base, tmp_path / "run"), [])
-    run = Run(word, "<toy>", tmp_path, "cat", torch.zeros(32))
-    nearest = Trainer(args, sd, [run], Processes()).nearest_words(0, 3)
+    vectors = table[ids] * torch.tensor([[3.0], [0.5]])
+    sd.add_concept(Concept("<toy>", vectors))  # which is no word of the vocabulary
+    nearest = nearest_words(sd, vectors, 3)
     assert [len(words) for words in nearest] == [3, 3]
     assert [words[0][0] for words in nearest] == ["cat</w>", "toy</w>"]
-    for words, vector in zip(nearest, init, strict=True):
+    for words, vector in zip(nearest, vectors, strict=True):
         cosines = sorted((torch.dot(vector, row) / vector.norm() / row.norm()).item() for row in table)
         assert [c for _, c in words] == pytest.approx(cosines[:-4:-1], abs=1e-5)

@@ -1,10 +1,12 @@
-"""What the commands share: options and config files, progress, and one clear line when something is wrong."""
+"""The options of a command: declared once, given as flags or in config files, and checked in one way."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -12,11 +14,15 @@ import yaml
 from ..errors import InputError
 from ..formats.checkpoint import DTYPES
 from ..model import kernels
-from .yaml_files import read_yaml
+from ..version import __version__
+from .yaml_files import is_text, read_yaml
+
+MAX_SIDE = 2**14  # of a picture in pixels
+MOST = 10**9  # of any whole number that has no smaller bound
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, by way of `run`."""
+    """An argument parser that raises InputError instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -38,10 +44,12 @@ class Options:
         self._aliases: dict[str, str] = {}
         self._groups: dict[str, Any] = {}
         self._file_only: set[str] = set()
+        self._texts: set[str] = set()
         self._parser.add_argument(
             "--config", metavar="FILE", help="YAML file, or recipe, with any of the options"
         )
         self._parser.add_argument("--set", metavar="KEY=VALUE", action="append", help="set any option")
+        self._parser.add_argument("--version", action="version", version=f"minti {__version__}")
 
     def add(
         self,
@@ -68,6 +76,8 @@ class Options:
         if isinstance(default, list):
             options["action"] = "append"
             self._lists.add(name)
+        if not isinstance(default, bool) and options.get("type", path) is path and "choices" not in options:
+            self._texts.add(name)
         self._defaults[name] = default
         flags = [flag, alias] if alias else [flag]
         if alias:
@@ -78,10 +88,10 @@ class Options:
     def add_model(self) -> None:
         """Declare the options that say which model to load, and how; see `load_model`."""
         group, kinds = "the model", ["epsilon", "v_prediction", "sample"]
-        self.add(
-            group, "--checkpoint", metavar="PATH", help="diffusers folder, or .safetensors or .ckpt file"
-        )
-        self.add(group, "--tokenizer", metavar="PATH", help="tokenizer for a single file, folder or .txt.gz")
+        text = "diffusers folder, or .safetensors or .ckpt file"
+        self.add(group, "--checkpoint", type=path, metavar="PATH", help=text)
+        text = "tokenizer for a single file, folder or .txt.gz"
+        self.add(group, "--tokenizer", type=path, metavar="PATH", help=text)
         self.add(group, "--variant", metavar="NAME", help="which weights of a folder, such as fp16")
         self.add(group, "--ema", False, help="the averaged weights of a file that has both")
         self.add(group, "--vae", metavar="PATH", help="autoencoder to use instead: folder or file")
@@ -91,15 +101,15 @@ class Options:
         text = "sdpa: PyTorch's; triton: minti's own kernel, for NVIDIA GPUs"
         self.add(group, "--attention", "sdpa", choices=kernels.METHODS, help=text)
         text = "decode pictures larger than this in tiles: less memory, slightly different colours"
-        self.add(group, "--vae-tile", type=number(int, 64), metavar="PX", help=text)
+        self.add(group, "--vae-tile", type=number(int, 64, 2**16), metavar="PX", help=text)
         self.add(group, "--compile", False, help="compile the model first: minutes now, faster steps later")
 
     def add_judge(self, group: str) -> None:
         """Declare the options that say which CLIP judges pictures; see `scoring.choose_clip`."""
         text = "CLIP to judge by: transformers folder or OpenAI's .pt; by default the checkpoint's own"
-        self.add(group, "--clip", metavar="PATH", help=text)
+        self.add(group, "--clip", type=path, metavar="PATH", help=text)
         text = "tokenizer for a .pt file, folder or .txt.gz"
-        self.add(group, "--clip-tokenizer", metavar="PATH", help=text)
+        self.add(group, "--clip-tokenizer", type=path, metavar="PATH", help=text)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -143,14 +153,27 @@ class Options:
         return self._parse(self._as_flags(values))
 
     def _parse(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        argv = [self._with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+        for argument in argv:
+            if not is_text(argument):
+                raise InputError(f"{argument!a}: is not text in UTF-8, or holds control characters")
         values, unknown = self._parser.parse_known_args(argv)
         if unknown:
             raise InputError(f"unknown option {unknown[0]!r}{self._suggest(unknown[0])}; see --help")
         return vars(values)
 
+    def _with_dashes(self, argument: str) -> str:
+        """`--batch_size=2`, as config files spell it, is `--batch-size=2`."""
+        name, equals, value = argument.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        known = argument.startswith("--") and key in self._defaults
+        return f"--{key.replace('_', '-')}{equals}{value}" if known else argument
+
     def _suggest(self, name: str) -> str:
         key = name.partition("=")[0].removeprefix("--").replace("-", "_")
         near = difflib.get_close_matches(key, [*self._defaults, *self._file_only], n=1)
+        if near and name.startswith("--"):
+            near = ["--" + near[0].replace("_", "-")]
         return f"; did you mean {near[0]!r}?" if near else ""
 
     def _as_flags(self, config: dict[str, Any]) -> list[str]:
@@ -169,6 +192,8 @@ class Options:
                 values = value if key in self._lists and isinstance(value, list) else [value]
                 if any(isinstance(v, bool | list | dict) for v in values):
                     raise InputError(f"{flag}: {value!r} is not a single value; put text between quotes")
+                if key in self._texts and not all(isinstance(v, str) for v in values):
+                    raise InputError(f"{flag}: {value!r} is no text in YAML; put it between quotes")
                 flags += [f"{flag}={v}" for v in values]
         return flags
 
@@ -188,20 +213,37 @@ def _list_or_text(text: str) -> Any:
 
 
 def number(
-    kind: type, low: float, high: float = float("inf"), *, below: float = float("inf")
+    kind: type, low: float, high: float | None = None, *, below: float | None = None
 ) -> Callable[[str], Any]:
-    """A type of option: a finite int or float from `low` to `high`, and below `below`."""
+    """A type of option: a finite int or float from `low` to `high`, and less than `below`.
+
+    Whole numbers without `high` go up to MOST.
+    """
+    high = MOST if high is None and below is None and kind is int else high
 
     def convert(text: str) -> Any:
         value = kind(text)
-        if not (low <= value <= high and value < below):
-            upper = f" and at most {high}" if high != float("inf") else ""
-            upper = f" and below {below}" if value >= below else upper
-            raise argparse.ArgumentTypeError(f"{text} should be at least {low}{upper}")
-        return value
+        inside = low <= value < float("inf") and (high is None or value <= high)
+        if inside and (below is None or value < below):
+            return value
+        upper = f" and at most {high}" if high is not None else " and finite"
+        upper = f" and below {below}" if below is not None else upper
+        raise argparse.ArgumentTypeError(f"{text} should be at least {low}{upper}")
 
     convert.__name__ = kind.__name__
     return convert
+
+
+def path(text: str) -> str:
+    """A type of option: a path, in which `~` is the home of the user."""
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+def side(text: str) -> int:
+    """A type of option: the side of a square in pixels."""
+    if "x" in text.lower():
+        raise argparse.ArgumentTypeError(f"{text}: photos are trained as squares; give one number")
+    return number(int, 1, MAX_SIDE)(text)
 
 
 def size(text: str) -> int | tuple[int, int]:
@@ -209,4 +251,6 @@ def size(text: str) -> int | tuple[int, int]:
     sides = [int(side) for side in text.lower().split("x")]
     if len(sides) > 2:
         raise ValueError
+    if not 0 < min(sides) <= max(sides) <= MAX_SIDE:
+        raise argparse.ArgumentTypeError(f"{text}: each side should have 1 to {MAX_SIDE} pixels")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])

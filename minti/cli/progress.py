@@ -1,4 +1,4 @@
-"""How far a long job is, and how long it will still take."""
+"""Telling the user how far a long job is, how long it will still take, and how much memory it has used."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import importlib.util
 import logging
 import sys
 import time
+
+import torch
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +33,7 @@ class Progress:
         self._first, self._estimate_at = done, done + estimate_after
         self._start = self._last = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+        if sys.stderr is not None and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, unit=unit, initial=done)
@@ -56,3 +63,22 @@ class Progress:
         """Leave the terminal tidy, also after an interruption."""
         if self._bar is not None:
             self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people: 8.3 s, 4 min 10 s, 2 h 5 min."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {s} s" if minutes else f"{seconds:.1f} s"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: on an NVIDIA GPU by tensors, elsewhere by the process; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -10,19 +10,57 @@ import yaml
 from ..errors import InputError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+MAX_BYTES, MAX_ENTRIES = 2**20, 50_000  # of a config file; aliases count as often as they are used
+
+# PyYAML raises these beside its own errors, for instance for the date 2024-13-45 and for `!!int x`.
+DAMAGED = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A config file, or the recipe of that name."""
+    """A config file, or the recipe of that name.
+
+    Raises:
+        InputError: there is no such file, or it is not a table of plain values.
+    """
     if not Path(path).exists() and (RECIPES / f"{path}.yaml").exists():
         path = RECIPES / f"{path}.yaml"
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path}: is not a file; give a YAML file, or the name of a recipe")
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
+        if len(content) > MAX_BYTES:
+            raise InputError(f"{path}: has {len(content)} bytes, too many for a config file")
+        config = yaml.safe_load(content.decode("utf-8-sig"))
     except OSError as error:
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise InputError(f"{path}: cannot be read ({error.strerror}); recipes are {recipes}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    except InputError:
+        raise
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: is not valid YAML ({reason}); correct it") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: should hold lines like `steps: 50`")
+    _check(config, path)
     return config
+
+
+def _check(config: dict[str, Any], path: str | Path) -> None:
+    """Raises InputError unless all entries are of moderate number and their text can be printed."""
+    waiting: list[Any] = [config]
+    for _ in range(MAX_ENTRIES):
+        if not waiting:
+            return
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and not is_text(value):
+            raise InputError(f"{path}: {value[:40]!r} holds characters that are no text; remove them")
+    raise InputError(f"{path}: has over {MAX_ENTRIES} entries, too many for a config file")
+
+
+def is_text(value: str) -> bool:
+    """Whether a string holds no control characters but tabs and ends of lines, and no lone surrogates."""
+    return not any((c < " " and c not in "\t\n\r") or "\ud800" <= c <= "\udfff" for c in value)

@@ -1,13 +1,12 @@
-"""The folder of a training run: what is in it, when it may be replaced, and from what a run goes on."""
+"""The folder of a training run: the names of what is in it, and reading it, whatever state it is in."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,113 +16,112 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..cli.work_folder import WorkFolder
+from ..cli.yaml_files import read_yaml
 from ..errors import InputError
-from ..inversion.batches import Word
+from ..formats.concept import Concept
 
-MAY_DIFFER = ("out", "resume", "overwrite", "device")  # between a run and its continuation
-WRITTEN = (  # without the first, nothing goes on from the others: it is the first to be cleared away
-    "state.safetensors",
-    "learned_embeds.safetensors",
-    "log.csv",
-    "inputs.png",
-    "report.html",
+# Options that may change when a run is resumed. The vectors do not depend on them, or the state of the run
+# remembers what they lead to: a hash of the weights, of the photos and their captions, and of the templates.
+MAY_DIFFER = (
+    *("out", "device", "save_every", "sample_every", "sample_prompt", "sample_steps", "tensorboard"),
+    *("checkpoint", "images", "templates"),
 )
-NUMBERED = ("embeds", "samples")
+SIGNATURE = ("init_word", "save_every", "eval_size")  # options that only minti.train has
+STATE = "state.safetensors"  # the first to be removed: without it, nothing is resumed from the others
+FILES = (STATE, "learned_embeds.safetensors", "log.csv", "inputs.png", "report.html")
+NUMBERED = ("embeds", "samples")  # folders of files such as step-000500.png
 COLUMNS = ("step", "loss", "eval_loss", "lr", "norm", "cosine", "seconds")
-
-
-@dataclass
-class Run:
-    """One word of a run: where it is kept, and how it has done so far."""
-
-    word: Word
-    placeholder: str  # as others will write it; `word` may be learned under an alias
-    folder: Path
-    init_word: str
-    photos_hash: Tensor  # of the photos as trained, and of the prompts
-    rows: list[dict[str, float | None]] = field(default_factory=list)  # log.csv
-    best: Tensor | None = None  # the vectors at the lowest eval loss
-    best_loss: float = float("inf")
-    best_step: int = 0
-    final: Tensor | None = None  # the vectors when it had converged; it is not learned any further
-
-    @property
-    def evaluations(self) -> list[float]:
-        return [row["eval_loss"] for row in self.rows if row["eval_loss"] is not None]
-
-    def has_converged(self, args: argparse.Namespace) -> bool:
-        """DVAR's rule (arXiv 2302.04841): the eval loss varies much less than at first."""
-        window, losses = args.early_stop_window, self.evaluations
-        if args.early_stop is None or len(losses) < 2 * window:
-            return False
-        if args.progressive and len(self.rows) <= args.progressive[-1]:
-            return False  # the last vector has not learned anything yet
-        return bool(np.var(losses[-window:]) < args.early_stop * np.var(losses[:window]))
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside the vectors in the state
+# Windows has no files of these names, whatever their ending.
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def is_name(name: str) -> bool:
-    """Whether a word's folder can have this name beside what else a run writes."""
-    return bool(re.fullmatch(r"\w[\w.-]*", name)) and name not in (*WRITTEN, *NUMBERED, "config.yaml")
+    """Whether the folder of a word can have this name, beside the other files of a run, on all systems."""
+    taken = name.lower() in (*FILES, *NUMBERED, "config.yaml", "tensorboard")
+    return bool(re.fullmatch(r"\w([\w.-]*[\w-])?", name)) and not (taken or RESERVED.fullmatch(name))
 
 
 def made(settings: Mapping[str, Any]) -> list[str]:
-    """The names in its folder of all that a run with these settings writes, beside `config.yaml`.
+    """The names of all that a run with these settings writes into its folder, beside `config.yaml`.
 
     Raises:
         InputError: these are not the settings of a run.
     """
     words = settings.get("concepts")
     if words is None:
-        return [*WRITTEN, *NUMBERED]
-    if not isinstance(words, list) or not all(
-        isinstance(w, dict) and is_name(str(w.get("name"))) for w in words
-    ):
+        return [*FILES, *NUMBERED, "tensorboard"]
+    good = isinstance(words, list) and all(isinstance(w, dict) and is_name(str(w.get("name"))) for w in words)
+    if not good:
         raise InputError("concepts: are not those of a run of minti.train; give another --out")
-    return [WRITTEN[0], *(f"{word['name']}/{name}" for word in words for name in (*WRITTEN, *NUMBERED))]
+    names = [f"{word['name']}/{name}" for word in words for name in (*FILES, *NUMBERED)]
+    return [STATE, *names, "tensorboard"]
 
 
-def run_folder(args: argparse.Namespace, defaults: Mapping[str, Any], active: bool = True) -> WorkFolder:
-    """The folder of the run that the options ask for."""
+def run_folder(
+    out: str | Path,
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    active: bool = True,
+) -> WorkFolder:
+    """The folder of the run that these options ask for.
+
+    Raises:
+        InputError: the run is to be resumed with more steps than its schedule was made for.
+    """
+    may_differ = [*MAY_DIFFER]
+    if settings["init"] == "file":
+        may_differ.append("init_word")  # a path; the state holds the vectors
+    path = Path(out) / "config.yaml"
+    before = read_yaml(path).get("steps") if resume and path.exists() else None
+    if isinstance(before, int) and settings["steps"] > before:
+        if settings["lr_schedule"] != "constant":
+            change = f"steps was {before}, now it is {settings['steps']}"
+            remedy = "start another run with --init file --init-word .../learned_embeds.safetensors"
+            raise InputError(f"{path}: {change}, but the learning rate has fallen to zero by then; {remedy}")
+        may_differ.append("steps")
     return WorkFolder(
-        args.out,
+        out,
         "minti.train",
-        vars(args),
+        settings,
         defaults=defaults,
         made=made,
-        may_differ=MAY_DIFFER,
-        signature=("init_word", "save_every", "eval_size"),
+        may_differ=may_differ,
+        signature=SIGNATURE,
         active=active,
     )
 
 
-def refuse_lost_start(out: Path, specs: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError if a word starts from a file in `out`, which is to be replaced."""
-    for spec in specs:
-        if spec["init"] == "file" and out.resolve() in Path(spec["init_word"]).resolve().parents:
-            raise InputError(
-                f"{spec['init_word']}: is in --out, which is to be replaced; copy it to another place first"
-            )
-
-
 def read_state(path: Path) -> dict[str, Tensor]:
-    """What a run was saved as; nothing if it was not. Raises InputError if the file is damaged."""
+    """The saved state of a run, {} if there is none. Raises InputError if the file is damaged."""
     try:
         return load_file(path) if path.exists() else {}
     except SafetensorError as error:
         raise InputError(f"{path}: is damaged ({error}); remove it to start again") from None
 
 
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises KeyError or ValueError unless a saved state can be that of the learning whose state is given."""
+    moments = {key[:-4] + m: v for key, v in expected.items() if key[-4:] == "rows" for m in MOMENTS}
+    for key, value in (expected | moments).items():
+        found = state.get(key, value) if key in moments else state[key]
+        if found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
+            raise ValueError(f"{key} is {found.dtype} of shape {tuple(found.shape)}")
+    if int(state["step"]) < 0:
+        raise ValueError("step is negative")
+
+
 def read_log(path: Path, steps: int) -> list[dict[str, float | None]]:
     """The rows of the first `steps` steps in a log.csv. Raises InputError unless they are all there."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
-        rows = [row | {"step": int(row["step"])} for row in rows[:steps]]
-    except (ValueError, KeyError, TypeError, csv.Error):
-        rows = []
-    if [row["step"] for row in rows] != [*range(1, steps + 1)]:
+    columns = {name: values[:steps].tolist() for name, values in _read_columns(path).items()}
+    if columns["step"] != [*range(1, steps + 1)] or any(map(math.isnan, columns["lr"])):
         raise InputError(f"{path}: is damaged; to learn the word again, --overwrite")
-    return rows
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [
+        {k: None if math.isnan(v) else v for k, v in row.items()} | {"step": int(row["step"])} for row in rows
+    ]
 
 
 def log_csv(rows: Sequence[dict[str, float | None]]) -> bytes:
@@ -133,3 +131,81 @@ def log_csv(rows: Sequence[dict[str, float | None]]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue().encode()
+
+
+class RunRecord:
+    """What a run has left in its folder, or in that of one of its words.
+
+    Parts that are missing or damaged are empty; nothing is raised.
+
+    Attributes:
+        config: the settings; of one of several words, those of this word.
+        many: whether this is one of several words.
+        log: column of log.csv -> its values, (steps,) each, nan where there is no number.
+        word: the learned word.
+        num_vectors: how many vectors it has; None if there are none yet.
+        last_step: the last step in the log.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config, self.many = _read_config(self.folder)
+        self.log = _read_columns(self.folder / "log.csv")
+        try:
+            concept = Concept.load(self.folder / "learned_embeds.safetensors")
+            self.word, self.num_vectors = concept.placeholder, len(concept.vectors)
+        except (InputError, OSError):
+            name = self.folder.resolve().name
+            self.word, self.num_vectors = str(self.config.get("placeholder") or name), None
+        self.last_step = int(self.log["step"][-1]) if len(self.log["step"]) else 0
+
+    def series(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """The steps that have a number in a column, and these numbers, (N,) each."""
+        there = np.isfinite(self.log[column])
+        return self.log["step"][there], self.log[column][there]
+
+    def final(self, column: str) -> float | None:
+        """The last number in a column."""
+        values = self.series(column)[1]
+        return float(values[-1]) if len(values) else None
+
+    def numbered(self, name: str, suffix: str) -> list[Path]:
+        """The files `step-000500.png` and so on of a folder, by step."""
+        return sorted(p for p in (self.folder / name).glob(f"step-*.{suffix}") if p.stem[5:].isdecimal())
+
+    def number(self, key: str) -> float | None:
+        """A setting that is a number."""
+        try:
+            return float(self.config[key])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], bool]:
+    """The settings of a run; of a run with several words, those of the word whose folder this is."""
+    for path in (folder / "config.yaml", folder.parent / "config.yaml"):
+        try:
+            config = read_yaml(path) if path.is_file() else {}
+        except InputError:
+            continue
+        entries = config["concepts"] if isinstance(config.get("concepts"), list) else []
+        own = [e for e in entries if isinstance(e, dict) and str(e.get("name")) == folder.resolve().name]
+        if config and (path.parent == folder or own):
+            config.pop("concepts", None)
+            return (config | own[0], True) if own else (config, False)
+    return {}, False
+
+
+def _read_columns(path: Path) -> dict[str, np.ndarray]:
+    def value(text: str | None) -> float:
+        try:
+            return float(text or "nan")
+        except ValueError:
+            return math.nan
+
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            rows = [row for row in csv.DictReader(file) if math.isfinite(value(row.get("step")))]
+    except (OSError, csv.Error):
+        rows = []
+    return {column: np.array([value(row.get(column)) for row in rows]) for column in COLUMNS}

@@ -2,143 +2,167 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from ..cli.options import Options, number
+from ..cli.options import Options, number, path, side
+from ..cli.yaml_files import read_yaml
 from ..errors import InputError
+from ..inversion.batches import Settings
 from ..inversion.views import CROPS
 from ..model.tokenizer import clean
 from .folder import is_name
+from .learned_word import Watching
+
+log = logging.getLogger(__name__)
 
 PER_WORD = ("images", "placeholder", "init_word", "init", "num_vectors", "templates", "lr", "seed")
 
 
 def options() -> Options:
-    """The command line."""
+    """The command line of `python -m minti.train`."""
     opts = Options("minti.train", "Learn a word for what a few photos show (Textual Inversion).")
-    count, share = number(int, 1), number(float, 0, 1)
-    positive, decay = number(float, 0), number(float, 0, below=1)
+    share, decay = number(float, 0, 1), number(float, 0, below=1)
+    weight, rate = number(float, 0, 1e6), number(float, 0)
+    count, steps, some = number(int, 1), number(int, 0), number(int, 1, 4096)
     group = "what to learn"
-    opts.add(group, "--images", metavar="DIR", help="folder with three to five photos")
+    opts.add(group, "--images", type=path, metavar="DIR", help="folder with three to five photos")
     opts.add(group, "--placeholder", metavar="WORD", help="the new word, such as '<toy>'")
     opts.add(group, "--init-word", "", metavar="TEXT", help="coarse description to start from, such as toy")
     kinds = ["word", "output", "random", "file"]
-    opts.add(
-        group, "--init", "word", choices=kinds, help="how the init word becomes the start; file: it is a path"
-    )
+    text = "how the init word becomes the start; file: it is a path"
+    opts.add(group, "--init", "word", choices=kinds, help=text)
     text = "vectors the word stands for; with --init file, as many as there are in the file"
     opts.add(group, "--num-vectors", 1, type=number(int, 1, 75), help=text)
-    opts.add(
-        group,
-        "--templates",
-        "object",
-        metavar="NAME|FILE",
-        help="prompts to learn in: object, style, or a file",
-    )
+    text = "prompts to learn in: object, style, or a file"
+    opts.add(group, "--templates", "object", type=path, metavar="NAME|FILE", help=text)
     opts.add(group, "--replace-word", False, help="allow a placeholder that means something already")
-    opts.add(group, "--out", metavar="DIR", help="folder for everything the run writes")
+    opts.add(group, "--out", type=path, metavar="DIR", help="folder for everything the run writes")
     opts.add(group, "--resume", False, help="go on with the run in --out")
     opts.add(group, "--overwrite", False, help="replace the run in --out")
     group = "photos"
-    opts.add(
-        group, "--size", type=count, metavar="PX", help="side of the squares; by default the model's own"
-    )
+    text = "side of the squares; by default the model's own"
+    opts.add(group, "--size", type=side, metavar="PX", help=text)
     opts.add(group, "--crop", "center", choices=CROPS, help="which part of a photo that is not square")
     opts.add(group, "--flip", True, help="also learn from mirror images; not for text or faces")
     group = "learning"
     opts.add(group, "--steps", 3000, type=count, help="updates")
-    opts.add(group, "--batch-size", 4, type=count, help="samples of each word at a time")
-    opts.add(group, "--accumulate", 1, type=count, help="batches summed up for an update")
-    opts.add(group, "--lr", 5e-3, type=positive, help="learning rate of AdamW")
+    opts.add(group, "--batch-size", 4, type=some, help="samples of each word at a time")
+    opts.add(group, "--accumulate", 1, type=some, help="batches summed up for an update")
+    opts.add(group, "--lr", 5e-3, type=rate, help="learning rate of AdamW")
     opts.add(group, "--scale-lr", False, help="multiply lr by batch size, accumulation and processes")
     opts.add(group, "--lr-schedule", "constant", choices=["constant", "cosine"], help="how lr develops")
-    opts.add(group, "--warmup", 0, type=number(int, 0), help="steps over which lr rises from zero")
-    opts.add(group, "--weight-decay", 0.01, type=positive, help="of AdamW")
+    opts.add(group, "--warmup", 0, type=steps, help="steps over which lr rises from zero")
+    opts.add(group, "--weight-decay", 0.01, type=weight, help="of AdamW")
     opts.add(group, "--beta1", 0.9, type=decay, help="of AdamW")
     opts.add(group, "--beta2", 0.999, type=decay, help="of AdamW")
-    opts.add(
-        group, "--progressive", [], type=count, metavar="STEP", help="step at which one more vector joins in"
-    )
-    opts.add(
-        group, "--regularization", 0.0, type=positive, help="weight of the squared distance to the start"
-    )
-    opts.add(group, "--max-norm", type=positive, help="longest vector, in mean lengths of the vocabulary")
-    opts.add(
-        group, "--per-image", 0.0, type=share, help="how often a word for the single photo is in the prompt"
-    )
+    text = "step at which one more vector joins in"
+    opts.add(group, "--progressive", [], type=count, metavar="STEP", help=text)
+    text = "weight of the squared distance to the start"
+    opts.add(group, "--regularization", 0.0, type=weight, help=text)
+    opts.add(group, "--max-norm", type=weight, help="longest vector, in mean lengths of the vocabulary")
+    text = "how often a word for the single photo is in the prompt"
+    opts.add(group, "--per-image", 0.0, type=share, help=text)
     opts.add(group, "--caption-dropout", 0.0, type=share, help="how often the prompt is the bare word")
     opts.add(group, "--seed", 0, type=number(int, 0, 2**63 - 1), help="of everything random")
     opts.add(group, "--gradient-checkpointing", False, help="less memory, a third more time")
     group = "watching"
     opts.add(group, "--save-every", 500, type=count, help="steps between savings")
-    opts.add(group, "--eval-every", 100, type=number(int, 0), help="steps between evaluations; 0: none")
-    opts.add(group, "--eval-size", 16, type=count, help="samples in an evaluation")
-    opts.add(
-        group, "--keep", "last", choices=["last", "best"], help="which vectors to keep: best by eval loss"
-    )
-    opts.add(
-        group,
-        "--early-stop",
-        type=share,
-        help="stop when eval loss varies this much less than at first: 0.15",
-    )
-    opts.add(group, "--early-stop-window", 10, type=number(int, 2), help="evaluations over which it varies")
-    opts.add(group, "--sample-every", 500, type=number(int, 0), help="steps between previews; 0: none")
-    opts.add(
-        group, "--sample-prompt", [], metavar="TEXT", help="prompt of the previews, with {} for the word"
-    )
-    opts.add(group, "--sample-steps", 25, type=count, help="DDIM steps of the previews")
+    opts.add(group, "--eval-every", 100, type=steps, help="steps between evaluations; 0: none")
+    opts.add(group, "--eval-size", 16, type=some, help="samples in an evaluation")
+    text = "which vectors to keep: best by eval loss"
+    opts.add(group, "--keep", "last", choices=["last", "best"], help=text)
+    text = "stop when eval loss varies this much less than at first: 0.15"
+    opts.add(group, "--early-stop", type=share, help=text)
+    text = "evaluations over which it varies"
+    opts.add(group, "--early-stop-window", 10, type=number(int, 2, 4096), help=text)
+    opts.add(group, "--sample-every", 500, type=steps, help="steps between previews; 0: none")
+    text = "prompt of the previews, with {} for the word"
+    opts.add(group, "--sample-prompt", [], metavar="TEXT", help=text)
+    opts.add(group, "--sample-steps", 25, type=number(int, 1, 4096), help="DDIM steps of the previews")
+    text = "also log for TensorBoard, which has to be installed, in the folder tensorboard"
+    opts.add(group, "--tensorboard", False, help=text)
     opts.add_model()
     opts.file_only("concepts")
     return opts
 
 
-def word_specs(opts: Options, args: argparse.Namespace) -> list[dict[str, Any]]:
+def _pick(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are fields of a dataclass."""
+    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
+
+
+def learning_settings(values: Mapping[str, Any]) -> Settings:
+    """The options that say how words are learned. Raises InputError if they do not go together."""
+    if values["warmup"] > values["steps"]:
+        text = "--warmup %d: the run ends before, after %d steps, so that lr never reaches --lr"
+        log.warning(text, values["warmup"], values["steps"])
+    own = {"betas": (values["beta1"], values["beta2"]), "progressive": tuple(values["progressive"])}
+    return Settings(**_pick(Settings, values) | own)
+
+
+def watching_settings(values: Mapping[str, Any]) -> Watching:
+    """The options that say how a run is watched."""
+    return Watching(**_pick(Watching, values))
+
+
+def read_saved(opts: Options, saved: Path) -> dict[str, Any]:
+    """The settings that a run has saved. Raises InputError if an option in them is unknown, and names it."""
+    config = read_yaml(saved)
+    known = {*opts.defaults, "concepts", "made_by"}
+    if unknown := sorted({*map(str, config)} - known):
+        by = config.get("made_by", "another version of minti")
+        raise InputError(f"{saved}: option {unknown[0]!r} is unknown; the run was begun by {by}")
+    return config
+
+
+def refuse_lost_start(out: Path, specs: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError if a word starts from a file in `out`, which is to be replaced."""
+    for spec in specs:
+        if spec["init"] == "file" and out.resolve() in Path(spec["init_word"]).resolve().parents:
+            remedy = "copy it to another place first"
+            raise InputError(f"{spec['init_word']}: is in --out, which is to be replaced; {remedy}")
+
+
+def word_specs(opts: Options, values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What to learn: the entries of `concepts:` in the config file, or the one word of the flags.
 
-    Beside the options PER_WORD each has a `name`, that of its folder, and an `alias`, what the word is called
+    Beside the options PER_WORD each has a `name`, that of its folder, and a `learning_name`, the placeholder
     while it is learned. Several entries may learn the same word, from other seeds for instance.
 
     Raises:
         InputError: an entry cannot be used.
     """
-    common = {key: getattr(args, key) for key in PER_WORD}
-    if args.concepts is None:
+    common = {key: values[key] for key in PER_WORD}
+    entries, many = values["concepts"], values["concepts"] is not None
+    if not many:
         entries = [{"name": ""}]
-    else:
-        entries = args.concepts
-        if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
-            raise InputError(
-                "concepts: should list entries like {name: toy, images: DIR, placeholder: <toy>}"
-            )
-    specs = []
+    elif not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+        raise InputError("concepts: should list entries like {name: toy, images: DIR, placeholder: <toy>}")
+    specs: list[dict[str, Any]] = []
     for entry in entries:
         if unknown := set(entry) - {"name", *PER_WORD}:
-            raise InputError(
-                f"concepts: unknown key {min(map(str, unknown))!r}; there are name, {', '.join(PER_WORD)}"
-            )
-        name = str(entry.get("name", ""))
-        if args.concepts is not None and not is_name(name):
-            raise InputError(
-                f"concepts: name {name!r} should consist of letters, digits, - and _, and not be that of a "
-                "file or folder that a run writes"
-            )
-        spec = (
-            common
-            | opts.check({key: value for key, value in entry.items() if key != "name"})
-            | {"name": name}
-        )
+            known = f"there are name, {', '.join(PER_WORD)}"
+            raise InputError(f"concepts: unknown key {min(map(str, unknown))!r}; {known}")
+        name = entry.get("name", "")
+        if not isinstance(name, str):
+            raise InputError(f"concepts: name {name!r} is no text in YAML; put it between quotes")
+        if many and not is_name(name):
+            rule = "letters, digits, - and _, and not be that of a file or folder that a run writes"
+            raise InputError(f"concepts: name {name!r} should consist of {rule}")
+        own = opts.check({key: value for key, value in entry.items() if key != "name"})
+        spec = common | own | {"name": name}
         for key in ("images", "placeholder"):
             if spec[key] is None:
-                raise InputError(
-                    f"--{key} must be given" if args.concepts is None else f"concepts: {name} needs {key}"
-                )
+                raise InputError(f"concepts: {name} needs {key}" if many else f"--{key} must be given")
         word = spec["placeholder"]
         if clean(word) in {clean(other["placeholder"]) for other in specs}:
-            # Where a word is found depends on how it begins and ends: its alias does so as well.
+            # Where a word is found in a prompt depends on how it begins and ends; so does its other name.
             word = f"{word}|{len(specs)}|{word}"
-        specs.append(spec | {"alias": word})
-    if len({spec["name"] for spec in specs}) < len(specs):
+        specs.append(spec | {"learning_name": word})
+    if len({spec["name"].lower() for spec in specs}) < len(specs):
         raise InputError("concepts: two of them have the same name")
     return specs

@@ -1,4 +1,4 @@
-"""report.html: what a training run has to show, in one file that needs no network and runs no script."""
+"""report.html: the results of a training run in one file that needs no network and runs no script."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
 
 from ..cli.html import HEAD, STYLE, picture
+from ..cli.progress import duration
 from ..cli.svg import chart, short
 from ..formats.atomic import write_atomically
-from .verdict import LONG, Run, advice, verdict, warnings
+from ..model.stable_diffusion import StableDiffusion
+from .folder import RunRecord
+from .verdict import LONG, advice, trend_of, verdict, warnings
 
 MAX_PREVIEWS = 10
 
 
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {s} s" if minutes else f"{seconds:.1f} s"
-
-
-def _tiles(run: Run) -> str:
-    t, norm, cosine, seconds = run.trend, run.final("norm"), run.final("cosine"), run.series("seconds")[1]
+def _tiles(run: RunRecord) -> str:
+    t, norm, cosine, seconds = trend_of(run), run.final("norm"), run.final("cosine"), run.series("seconds")[1]
     tiles = []
     if t is not None:
         change = 100 * (t.last / t.first - 1) if t.first else 0.0
@@ -41,12 +38,12 @@ def _tiles(run: Run) -> str:
         tiles.append(("Cosine to the start", f"{cosine:.2f}", f"turned by {angle:.0f}°"))
     if len(seconds):
         note = f"{len(seconds):,} steps, median {short(float(np.median(seconds)))} s"
-        tiles.append(("Time in steps", _duration(float(seconds.sum())), note))
+        tiles.append(("Time in steps", duration(float(seconds.sum())), note))
     cells = [f"<div><dt>{a}</dt><dd class=value>{b}</dd><dd>{c}</dd></div>" for a, b, c in tiles]
-    return f"<dl class=tiles>{''.join(cells)}</dl>" * bool(cells)
+    return f"<dl class=tiles>{''.join(cells)}</dl>" if cells else ""
 
 
-def _previews(run: Run) -> tuple[str, str]:
+def _previews(run: RunRecord) -> tuple[str, str]:
     """Preview pictures, newest first, and what they are."""
     paths = run.numbered("samples", "png")[::-1]
     chosen = [
@@ -63,9 +60,10 @@ def _previews(run: Run) -> tuple[str, str]:
     return grid, about
 
 
-def _curves(run: Run) -> str:
+def _curves(run: RunRecord) -> str:
     length = "In mean lengths of the vocabulary's vectors."
-    best = run.trend.best_step if run.trend else None
+    t = trend_of(run)
+    best = t.best_step if t else None
     fixed = "Always on the same photos, noise and times."
     charts = [
         chart("Evaluation loss", run.series("eval_loss"), fixed, log=True, best=best),
@@ -75,10 +73,10 @@ def _curves(run: Run) -> str:
         chart("Learning rate", run.series("lr"), "Of AdamW.", include=[0]),
         chart("Seconds per step", run.series("seconds"), dots=True, include=[0]),
     ]
-    return f"<div class=grid>{''.join(charts)}</div>" * any(charts)
+    return f"<div class=grid>{''.join(charts)}</div>" if any(charts) else ""
 
 
-def _next(run: Run) -> str:
+def _next(run: RunRecord) -> str:
     parts = []
     for text, command in advice(run):
         parts.append(f"<p>{escape(text)}{':' if command else '.'}</p>")
@@ -97,33 +95,46 @@ def _nearest(nearest: Sequence[Sequence[tuple[str, float]]]) -> str:
     return _table([(f"vector {i}", cell(words)) for i, words in enumerate(nearest, 1) if words])
 
 
-def _settings(run: Run) -> str:
+def _settings(run: RunRecord) -> str:
     def text(value: object) -> str:
         if isinstance(value, list):
             return ", ".join(map(text, value)) or "none"
         return str(value).lower() if isinstance(value, bool) else str(value)
 
     table = _table([(escape(str(key)), escape(text(value))) for key, value in run.config.items()])
-    return f"<div class=columns>{table}</div>" * bool(table)
+    return f"<div class=columns>{table}</div>" if table else ""
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     cells = "".join(f"<tr><th scope=row>{head}</th><td>{cell}</td></tr>" for head, cell in rows)
-    return f"<table>{cells}</table>" * bool(rows)
+    return f"<table>{cells}</table>" if rows else ""
 
 
-def write_report(folder: Path, nearest: Sequence[Sequence[tuple[str, float]]]) -> None:
+def nearest_words(sd: StableDiffusion, vectors: Tensor, count: int = 8) -> list[list[tuple[str, float]]]:
+    """For each of the vectors, (n, D), the words of the vocabulary that point the same way, with cosines."""
+    table = sd.vocabulary.float()
+    names = {i: symbol for symbol, i in sd.tokenizer.vocab.items()}
+    cosines = F.normalize(vectors.to(table.device), dim=1) @ F.normalize(table, dim=1).T  # (n, vocab_size)
+    best = cosines.topk(min(count, len(table)), dim=1)
+    return [
+        [(names.get(i, str(i)), cosine) for i, cosine in zip(ids, values, strict=True)]
+        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def write_report(folder: Path, nearest: Sequence[Sequence[tuple[str, float]]] = ()) -> None:
     """Write `report.html` into the folder of a run, from the files the run left there.
 
     Args:
         folder: with config.yaml, log.csv, inputs.png, samples/ and learned_embeds.safetensors; what is
             missing or unreadable is left out.
-        nearest: for each vector the words of the vocabulary nearest to it, with their cosines.
+        nearest: for each vector the words of the vocabulary nearest to it, with their cosines. For these the
+            model is needed; without them the report lacks the section.
 
     Raises:
         OSError: the report cannot be written.
     """
-    run = Run(Path(folder))
+    run = RunRecord(folder)
     word = escape(run.word)
     count = {None: "A learned word", 1: "1 vector"}.get(run.num_vectors, f"{run.num_vectors} vectors")
     source = run.config.get("init_word") if run.config.get("init") != "random" else "random numbers"

@@ -1,16 +1,12 @@
-"""The loop around `Inversion.step`: what is logged, looked at and saved on the way."""
+"""The loop around `Inversion.step`: what is logged, previewed and saved on the way."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import signal
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -19,9 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
+from ..cli.command import is_out_of_memory
 from ..cli.images import encode_png, image_grid
 from ..cli.processes import Processes
-from ..cli.progress import Progress
+from ..cli.progress import Progress, peak_memory
 from ..errors import InputError
 from ..formats.atomic import write_atomically
 from ..formats.concept import Concept, encode_concepts
@@ -31,148 +28,162 @@ from ..inversion.inversion import Inversion
 from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
 from ..version import __version__
-from .folder import COLUMNS, Run, log_csv, read_log
-from .memory import peak_memory
+from .folder import COLUMNS, STATE, check_state
+from .learned_word import LearnedWord, Watching, check_watching
+from .report import nearest_words, write_report
+from .stop import Stop
+from .tensorboard import open_boards
 
 log = logging.getLogger(__name__)
 
-
-class Stop:
-    """Ctrl-C and SIGTERM end a run after its current step, with everything saved; a second Ctrl-C at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        signal.signal(signal.SIGINT, self._ask)
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def anywhere(self, world: int) -> bool:
-        """Whether any of the processes has been asked."""
-        if world == 1:
-            return self.asked
-        flag = torch.tensor(int(self.asked))
-        dist.all_reduce(flag, group=dist.group.WORLD)
-        return bool(flag)
+PREVIEWS = 4  # pictures of each prompt
 
 
 class Trainer:
-    """The loop around `Inversion.step`: logs, evaluations, previews, and savings that can be continued."""
+    """The loop around `Inversion.step`: logs, evaluations, previews, and savings that can be resumed.
+
+    Args:
+        sd: the model.
+        words: what is to be learned.
+        settings: how it is learned.
+        watching: how often it is looked at and saved.
+        processes: this process and the others.
+        out: the folder of the run.
+        checkpoint: the path of the model, for messages and for those who read the files.
+        size: pixels of the previews; by default what the model was trained on.
+        replace, compiled: see `Inversion`.
+
+    Raises:
+        InputError: options do not go together, which is noticed here rather than hours later.
+    """
 
     def __init__(
-        self, args: argparse.Namespace, sd: StableDiffusion, runs: Sequence[Run], processes: Processes
+        self,
+        sd: StableDiffusion,
+        words: Sequence[LearnedWord],
+        settings: Settings,
+        watching: Watching,
+        processes: Processes,
+        *,
+        out: Path,
+        checkpoint: str,
+        size: int | None = None,
+        replace: bool = False,
+        compiled: bool = False,
     ) -> None:
-        self.args, self.sd, self.runs, self.processes = args, sd, runs, processes
-        self._check(args)
-        names = {f.name for f in fields(Settings)}
-        values = {key: value for key, value in vars(args).items() if key in names}
-        values |= {"betas": (args.beta1, args.beta2), "progressive": tuple(args.progressive)}
-        self.inversion = Inversion(
-            sd,
-            [run.word for run in runs],
-            Settings(**values),
-            replace=args.replace_word,
-            rank=processes.rank,
-            world=processes.world,
-            compiled=args.compile,
-            templates=self._sample_templates,
-        )
-        self._inits = [run.word.init.to(sd.device) for run in runs]
-        self._unread: list[tuple[list[float], Tensor]] = []  # of the steps not yet logged; see `_measure`
-        self.state_path = Path(args.out) / "state.safetensors"
-        self._model = model_hash(sd.text_encoder, sd.unet, sd.vae)
-        self._dtype = str(sd.dtype).removeprefix("torch.")
-        model = torch.tensor(list(self._model.encode()), dtype=torch.uint8)
-        # What a run depends on beside its settings. Weights are not the same numbers in another dtype.
-        self._given = {
-            "world": (torch.tensor(processes.world), ""),
-            f"model.{self._dtype}": (model, f"another checkpoint in {args.checkpoint}"),
-        }
-        for i, run in enumerate(runs):
-            what = f"other photos, captions or templates of {run.placeholder!r}"
-            self._given[f"photos.{i}"] = run.photos_hash, what
-        sd.vae.to("cpu")  # the photos are encoded; only previews need it again
-
-    def _check(self, args: argparse.Namespace) -> None:
-        """Complain about what would otherwise come to light hours later. Raises InputError."""
-        for template in args.sample_prompt:
-            if "{}" not in template:
-                raise InputError(f"--sample-prompt {template!r}: needs {{}} where the word goes")
+        self.sd, self.words, self.settings, self.watching = sd, words, settings, watching
+        self.processes, self.checkpoint, self.size = processes, checkpoint, size
+        self.out, self.state_path = out, out / STATE
+        check_watching(watching, settings.steps, settings.progressive)
         try:
-            self.sd.schedule.timesteps(args.sample_steps)
+            sd.schedule.timesteps(watching.sample_steps)
         except InputError as error:
             raise InputError(f"--sample-steps: {error}") from None
-        if (last := max(args.progressive, default=0)) >= args.steps:
-            raise InputError(f"--progressive {last}: should be less than --steps, {args.steps}")
-        if not args.eval_every and (args.early_stop is not None or args.keep == "best"):
-            raise InputError("--early-stop and --keep best go by evaluations: give --eval-every a number")
-        for run in self.runs:
-            concept = Concept(run.placeholder, run.word.init, widths=self.sd.widths)
-            encode_concepts(run.folder / "learned_embeds.safetensors", [concept])
+        for word in words:  # can the word be saved?
+            concept = Concept(word.placeholder, word.word.init, widths=sd.widths)
+            encode_concepts(word.folder / "learned_embeds.safetensors", [concept])
+        self.inversion = Inversion(
+            sd,
+            [word.word for word in words],
+            settings,
+            replace=replace,
+            rank=processes.rank,
+            world=processes.world,
+            compiled=compiled,
+            templates=watching.prompts,
+        )
+        self._inits = [word.word.init.to(sd.device) for word in words]
+        self._pending: list[tuple[list[float], Tensor]] = []  # steps that are not logged yet; see `_measure`
+        self._previews = bool(watching.sample_every) and processes.rank == 0
+        self._boards = open_boards(out, words) if watching.tensorboard and processes.rank == 0 else []
+        dtype = str(sd.dtype).removeprefix("torch.")
+        self._model = model_hash(sd.text_encoder, sd.unet, sd.vae)
+        self._metadata = {
+            "base_model": checkpoint,
+            "base_model_hash": self._model,  # of the weights as they were loaded, hence the dtype
+            "dtype": dtype,
+            "minti": __version__,
+        }
+        # What a run depends on beside its settings, and what to say of it if it has changed on resume.
+        model = torch.tensor(list(self._model.encode()), dtype=torch.uint8)
+        self._resume_checks = {
+            "world": (torch.tensor(processes.world), ""),
+            f"model_hash.{dtype}": (model, f"another checkpoint in {checkpoint}"),
+        }
+        for i, word in enumerate(words):
+            what = f"other photos, captions or templates of {word.placeholder!r}"
+            self._resume_checks[f"photos.{i}"] = word.photos_hash, what
+        sd.vae.to("cpu")  # The photos are encoded; only previews need it again.
 
     def resume(self, state: dict[str, Tensor]) -> None:
-        """Go on from a saved state.
+        """Continue from a saved state.
 
         Raises:
-            InputError: not all that the run began with is as it was; or its log is damaged.
+            InputError: what the run began with has changed; or the state or the log is damaged.
         """
-        for key, (now, what) in self._given.items():
-            if not torch.equal(was := state.get(key, now), now):
-                what = what or f"{was} processes, not {now}"
-                remedy = "go on as it began, or start again with --overwrite"
+        for key, (now, what) in self._resume_checks.items():
+            was = state.get(key)
+            if was is None:
+                log.info("%s: was saved without %s, so that is not compared", self.state_path, key)
+            elif not torch.equal(was, now):
+                what = what or f"{was.tolist()} processes, not {now}"
+                remedy = "continue as it began, or start again with --overwrite"
                 raise InputError(f"{self.state_path}: the run began with {what}; {remedy}")
-        self.inversion.load_state_dict(state)
-        for i, run in enumerate(self.runs):
-            run.final = state.get(f"final.{i}")
-            steps = int(state[f"final_step.{i}"]) if run.final is not None else self.inversion.step_count
-            run.rows = read_log(run.folder / "log.csv", steps)
-            if f"best.{i}" in state:
-                run.best, run.best_loss = state[f"best.{i}"], state[f"best_loss.{i}"].item()
-                run.best_step = int(state[f"best_step.{i}"])
+        try:
+            check_state(state, self.inversion.state_dict())
+            self.inversion.load_state_dict(state)
+            for i, word in enumerate(self.words):
+                own = {key.removesuffix(f".{i}"): value for key, value in state.items()}
+                word.load_state_dict(own, self.inversion.step_count)
+        except InputError:
+            raise
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise InputError(f"{self.state_path}: is damaged ({reason}); remove it to start again") from None
         log.info("resumed after step %d", self.inversion.step_count)
 
     def train(self, stop: Stop) -> bool:
         """Take all steps that are left. False if it was asked to stop before.
 
-        A word that has converged stays as it is, as if it had been learned alone, until all have.
+        A word that has converged stays as it is, as if it had been learned alone, until all have converged.
 
         Raises:
             Diverged: the loss is not finite; the vectors of the last good step are saved.
         """
-        args, steps = self.args, self.args.steps
-        progress = Progress(steps, "step", self.inversion.step_count) if self.processes.rank == 0 else None
+        watching, steps, first = self.watching, self.settings.steps, self.inversion.step_count
+        progress = Progress(steps, "step", first, estimate_after=5) if self.processes.rank == 0 else None
         # A GPU is not kept waiting for its own results: they are read some steps later, together.
-        patience = 1 if self.sd.device.type == "cpu" else 20
+        read_every = 1 if self.sd.device.type == "cpu" else 20
 
         def due(every: int) -> bool:
             done = self.inversion.step_count
             return bool(every) and (done % every == 0 or done == steps)
 
-        learning = [run for run in self.runs if run.final is None]
+        learning = [word for word in self.words if word.final is None]
         try:
             while learning and self.inversion.step_count < steps:
-                if not self._unread:
-                    self._since = time.monotonic()
-                self._unread.append(self._measure(self.inversion.step(check=False)))
+                if not self._pending:
+                    self._timer = time.monotonic()
+                self._pending.append(self._measure(self.inversion.step(check=False)))
+                if self.inversion.step_count == first + 1:
+                    log.info("memory after one step: %.0f MB", peak_memory(self.sd.device) / 1e6)
                 asked = stop.anywhere(self.processes.world)
-                evaluate, preview, save = map(due, (args.eval_every, args.sample_every, args.save_every))
-                if len(self._unread) >= patience or evaluate or preview or save or asked:
-                    self._read()
+                everies = (watching.eval_every, watching.sample_every, watching.save_every)
+                evaluate, preview, save = map(due, everies)
+                if len(self._pending) >= read_every or evaluate or preview or save or asked:
+                    self._log()
                 if evaluate:
                     self._evaluate()
                 if progress:
                     progress.step(self._note())
-                converged = [run for run in learning if run.final is not None]
-                if preview or (converged and args.sample_every):
-                    self._preview(learning if preview else converged)
-                if save or asked:
+                converged = [word for word in learning if word.final is not None]
+                if save or asked:  # before the previews, which may fail
                     self.save()
+                if preview or converged:
+                    self._preview(learning if preview else converged)
                 if asked:
                     return False
-                learning = [run for run in learning if run.final is None]
+                learning = [word for word in learning if word.final is None]
         except Diverged:
             self.save(resumable=False)
             raise
@@ -183,8 +194,8 @@ class Trainer:
         return True
 
     def _note(self) -> str:
-        rows = [run.rows[-1] for run in self.runs if run.rows]
-        latest = [run.evaluations[-1] for run in self.runs if run.evaluations]
+        rows = [word.rows[-1] for word in self.words if word.rows]
+        latest = [word.evaluations[-1] for word in self.words if word.evaluations]
         loss = f"loss {np.mean([row['loss'] for row in rows]):.4f}" if rows else ""
         loss += f", eval loss {np.mean(latest):.4f}" if latest else ""
         return f"{loss}, {peak_memory(self.sd.device) / 1e6:.0f} MB"
@@ -193,25 +204,20 @@ class Trainer:
         values = self.inversion.evaluate().cpu()
         if self.processes.world > 1:
             dist.broadcast(values, 0)
-        for i, (run, value) in enumerate(zip(self.runs, values.tolist(), strict=True)):
-            if run.final is not None:
-                continue
-            run.rows[-1]["eval_loss"] = value
-            if value < run.best_loss:
-                run.best, run.best_loss = self._vectors(i), value
-                run.best_step = self.inversion.step_count
-            if run.has_converged(self.args):
-                run.final = self._vectors(i)
+        last_vector = max(self.settings.progressive, default=0)
+        for i, (word, value) in enumerate(zip(self.words, values.tolist(), strict=True)):
+            if word.final is None:
+                word.evaluated(value, self._vectors(i), self.watching, last_vector)
 
     def _vectors(self, index: int) -> Tensor:
-        """A word as it is, or as it was when it converged, (n, D) float32 on the CPU."""
-        final = self.runs[index].final
+        """The vectors of a word, or those it had when it converged, (n, D) float32 on the CPU."""
+        final = self.words[index].final
         return self.inversion.concept(index).vectors if final is None else final
 
     @torch.no_grad()
     def _measure(self, losses: Tensor) -> tuple[list[float], Tensor]:
-        """Of each word after a step: the learning rate; and, still on the device, loss, norm and cosine."""
-        words = [self.inversion.active_vectors(i) for i in range(len(self.runs))]
+        """The learning rate of each word at a step; and, still on the device, its loss, norm and cosine."""
+        words = [self.inversion.active_vectors(i) for i in range(len(self.words))]
         norms = [rows.norm(dim=1).mean() / self.inversion.vocabulary_norm for rows in words]
         cosines = [
             F.cosine_similarity(rows, init[: len(rows)]).mean()
@@ -220,79 +226,71 @@ class Trainer:
         rates = [group["lr"] for group in self.inversion.optimizer.param_groups]
         return rates, torch.stack([losses, torch.stack(norms), torch.stack(cosines)], dim=1)  # (words, 3)
 
-    def _read(self) -> None:
+    def _log(self) -> None:
         """Wait for the steps since the last time, and log them."""
         self.inversion.check()
-        rates, values = zip(*self._unread, strict=True)
+        rates, values = zip(*self._pending, strict=True)
         values = torch.stack(values).tolist()  # (steps, words, 3)
-        seconds = (time.monotonic() - self._since) / len(values)
+        seconds = (time.monotonic() - self._timer) / len(values)
         first = self.inversion.step_count - len(values) + 1
-        for i, run in enumerate(self.runs):
-            if run.final is not None:
+        for i, word in enumerate(self.words):
+            if word.final is not None:
                 continue
             for step, (lr, row) in enumerate(zip(rates, values, strict=True), first):
                 numbers = (step, row[i][0], None, lr[i], row[i][1], row[i][2], seconds)
-                run.rows.append(dict(zip(COLUMNS, numbers, strict=True)))
-        self._unread.clear()
+                word.rows.append(dict(zip(COLUMNS, numbers, strict=True)))
+        self._pending.clear()
 
-    def _preview(self, runs: Sequence[Run]) -> None:
-        """What words look like now, each in its prompts, always with the same seeds."""
-        if self.processes.rank:
+    def _preview(self, words: Sequence[LearnedWord]) -> None:
+        """Make pictures of words in each of the prompts, always with the same seeds.
+
+        If that fails, there is one warning, and no more previews.
+        """
+        if not self._previews:
             return
-        self.sd.vae.to(self.sd.device)
-        for run in runs:
-            prompts = [template.replace("{}", run.word.placeholder) for template in self._sample_templates]
-            images = self.sd.sample(prompts, steps=self.args.sample_steps, num_images=4, size=self.args.size)
-            path = run.folder / "samples" / f"step-{self.inversion.step_count:06d}.png"
-            prompts = [template.replace("{}", run.placeholder) for template in self._sample_templates]
-            write_atomically(path, encode_png(image_grid(images, 4), {"prompts": json.dumps(prompts)}))
-        self.sd.vae.to("cpu")
-
-    @property
-    def _sample_templates(self) -> list[str]:
-        return self.args.sample_prompt or ["a photo of {}"]
+        step, batch = self.inversion.step_count, self.settings.batch_size * len(self.words)
+        try:
+            self.sd.vae.to(self.sd.device)
+            for word in words:
+                prompts = [text.replace("{}", word.word.placeholder) for text in self.watching.prompts]
+                how = {"steps": self.watching.sample_steps, "num_images": PREVIEWS, "size": self.size}
+                # With guidance the UNet sees every picture twice; without gradients that takes less memory
+                # than a step of training with the same batch.
+                images = self.sd.sample(prompts, batch_size=batch, **how)
+                text = json.dumps([text.replace("{}", word.placeholder) for text in self.watching.prompts])
+                content = encode_png(image_grid(images, PREVIEWS), {"prompts": text})
+                write_atomically(word.folder / "samples" / f"step-{step:06d}.png", content)
+        except (RuntimeError, MemoryError, OSError, InputError) as error:
+            if not isinstance(error, OSError | InputError) and not is_out_of_memory(error):
+                raise
+            reason = "out of memory" if is_out_of_memory(error) else str(error)
+            log.warning(
+                "no preview at step %d, and none later (%s); --sample-every 0 leaves them out", step, reason
+            )
+            self._previews = False
+        finally:
+            self.sd.vae.to("cpu")
 
     def save(self, *, resumable: bool = True) -> None:
-        """Write words, logs and, last, the state from which `resume` continues."""
+        """Write words, logs and, last, the state from which `resume` continues; then the reports."""
         if self.processes.rank:
             return
-        state = self.inversion.state_dict() | {key: value for key, (value, _) in self._given.items()}
-        for i, run in enumerate(self.runs):
-            step = self.inversion.step_count if run.final is None else len(run.rows)
-            metadata = {
-                "base_model": str(self.args.checkpoint),
-                "base_model_hash": self._model,  # of the weights as they were loaded, hence the dtype
-                "dtype": self._dtype,
-                "init_word": run.init_word,
-                "step": str(step),
-                "seed": str(run.word.seed),
-                "minti": __version__,
-            }
-            state[f"init.{i}"] = run.word.init
-            if run.final is not None:
-                state |= {f"final.{i}": run.final, f"final_step.{i}": torch.tensor(step)}
-            concept = Concept(run.placeholder, self._vectors(i), metadata, self.sd.widths)
-            concept.save(run.folder / "embeds" / f"step-{step:06d}.safetensors")
-            if run.best is not None:
-                state[f"best.{i}"] = run.best
-                state[f"best_loss.{i}"] = torch.tensor(run.best_loss, dtype=torch.float64)
-                state[f"best_step.{i}"] = torch.tensor(run.best_step)
-                if self.args.keep == "best":
-                    metadata |= {"step": str(run.best_step)}
-                    concept = Concept(run.placeholder, run.best, metadata, self.sd.widths)
-            concept.save(run.folder / "learned_embeds.safetensors")
-            write_atomically(run.folder / "log.csv", log_csv(run.rows))
+        state = self.inversion.state_dict() | {key: value for key, (value, _) in self._resume_checks.items()}
+        for i, word in enumerate(self.words):
+            step = self.inversion.step_count if word.final is None else len(word.rows)
+            metadata = self._metadata | {"init_word": word.init_word, "seed": str(word.word.seed)}
+            word.save(step, self._vectors(i), metadata, self.watching.keep)
+            state |= {f"{key}.{i}": value for key, value in word.state_dict().items()}
         if resumable:
             write_atomically(self.state_path, save({key: value.contiguous() for key, value in state.items()}))
+        self.write_reports()
 
-    def nearest_words(self, index: int, count: int = 8) -> list[list[tuple[str, float]]]:
-        """For each vector of a word the words of the vocabulary that point the same way, with cosines."""
-        table = self.sd.vocabulary.float()
-        names = {i: symbol for symbol, i in self.sd.tokenizer.vocab.items()}
-        rows = self._vectors(index).to(table.device)
-        cosines = F.normalize(rows, dim=1) @ F.normalize(table, dim=1).T  # (num_vectors, vocab_size)
-        best = cosines.topk(min(count, len(table)), dim=1)
-        return [
-            [(names.get(i, str(i)), c) for i, c in zip(ids, values, strict=True)]
-            for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+    def write_reports(self) -> None:
+        """Write `report.html` and the log of TensorBoard. A report that fails is one warning."""
+        for i, word in enumerate(self.words):
+            try:
+                write_report(word.folder, nearest_words(self.sd, self._vectors(i)))
+            except (OSError, MemoryError) as error:
+                log.warning("%s: no report.html (%s)", word.folder, error)
+        for board, word in zip(self._boards, self.words, strict=bool(self._boards)):
+            board.write(word.rows)

@@ -1,20 +1,17 @@
-"""What a training run has come to, in plain words, read from the files it left."""
+"""What a training run has come to, in plain words, and what to do next."""
 
 from __future__ import annotations
 
-import csv
-import math
+import os
+import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
 from ..cli.svg import short
-from ..errors import InputError
-from ..formats.concept import Concept
+from .folder import RunRecord
 
 LONG = 5.0  # vectors this many times as long as the vocabulary's drown the rest of the prompt
 UNMOVED = 0.99  # cosine to the start above which next to nothing has been learned
@@ -22,7 +19,7 @@ UNMOVED = 0.99  # cosine to the start above which next to nothing has been learn
 
 @dataclass(frozen=True)
 class Trend:
-    """What became of the evaluation loss.
+    """The course of the evaluation loss.
 
     Attributes:
         kind: "failed": never clearly below the first; "rising": the last three evaluations have lost over a
@@ -60,82 +57,15 @@ def trend(steps: np.ndarray, losses: np.ndarray) -> Trend:
     return Trend(kind, first, int(steps[0]), lowest, int(steps[best]), last, int(steps[flat]))
 
 
-class Run:
-    """What a run left in its folder; parts that are missing or unreadable are empty."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config, self.many = _read_config(folder)
-        self.log = _read_log(folder / "log.csv")
-        try:
-            concept = Concept.load(folder / "learned_embeds.safetensors")
-            self.word, self.num_vectors = concept.placeholder, len(concept.vectors)
-        except (InputError, OSError):
-            self.word, self.num_vectors = str(self.config.get("placeholder") or folder.resolve().name), None
-        steps, losses = self.series("eval_loss")
-        self.trend = trend(steps, losses) if len(steps) else None
-        self.last_step = int(self.log["step"][-1]) if len(self.log["step"]) else 0
-
-    def series(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a column where it has any."""
-        there = np.isfinite(self.log[column])
-        return self.log["step"][there], self.log[column][there]
-
-    def final(self, column: str) -> float | None:
-        """The last value of a column."""
-        values = self.series(column)[1]
-        return float(values[-1]) if len(values) else None
-
-    def numbered(self, name: str, suffix: str) -> list[Path]:
-        """The files `step-000500.png` and so on of a folder, by step."""
-        return sorted(p for p in (self.folder / name).glob(f"step-*.{suffix}") if p.stem[5:].isdecimal())
-
-    def number(self, key: str) -> float | None:
-        """A setting that is a number."""
-        try:
-            return float(self.config[key])
-        except (KeyError, TypeError, ValueError):
-            return None
+def trend_of(run: RunRecord) -> Trend | None:
+    """The trend of a run's evaluation loss; None if it was never evaluated."""
+    steps, losses = run.series("eval_loss")
+    return trend(steps, losses) if len(steps) else None
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], bool]:
-    """The settings of a run; of a run with several words, those of the word whose folder this is."""
-    for path in (folder / "config.yaml", folder.parent / "config.yaml"):
-        try:
-            config = yaml.safe_load(path.read_bytes())
-        except (OSError, yaml.YAMLError):
-            continue
-        if not isinstance(config, dict):
-            continue
-        entries = config["concepts"] if isinstance(config.get("concepts"), list) else []
-        own = [e for e in entries if isinstance(e, dict) and str(e.get("name")) == folder.resolve().name]
-        if path.parent == folder or own:
-            config.pop("concepts", None)
-            return (config | own[0], True) if own else (config, False)
-    return {}, False
-
-
-def _read_log(path: Path) -> dict[str, np.ndarray]:
-    """The columns of log.csv, (steps,) each, nan where there is no number."""
-
-    def value(text: str | None) -> float:
-        try:
-            return float(text or "nan")
-        except ValueError:
-            return math.nan
-
-    try:
-        with path.open(newline="", errors="replace") as file:
-            rows = [row for row in csv.DictReader(file) if math.isfinite(value(row.get("step")))]
-    except OSError:
-        rows = []
-    columns = ("step", "loss", "eval_loss", "lr", "norm", "cosine", "seconds")
-    return {column: np.array([value(row.get(column)) for row in rows]) for column in columns}
-
-
-def verdict(run: Run) -> str:
-    """The one line to read if nothing else is read."""
-    t = run.trend
+def verdict(run: RunRecord) -> str:
+    """The result in one sentence."""
+    t = trend_of(run)
     if t is None and not run.last_step:
         return "Nothing has been logged yet."
     if t is None:
@@ -152,8 +82,8 @@ def verdict(run: Run) -> str:
     }[t.kind]
 
 
-def warnings(run: Run) -> list[str]:
-    """What should give pause whatever the evaluation says."""
+def warnings(run: RunRecord) -> list[str]:
+    """Signs of a bad word that the evaluation loss does not show."""
     norm, cosine = run.final("norm"), run.final("cosine")
     found = []
     if norm is not None and norm > LONG:
@@ -166,9 +96,9 @@ def warnings(run: Run) -> list[str]:
     return found
 
 
-def advice(run: Run) -> list[tuple[str, str]]:
-    """What to do next: sentences, each with a command to do it, or ""."""
-    t, config, steps = run.trend, run.config, run.number("steps")
+def advice(run: RunRecord) -> list[tuple[str, str]]:
+    """What to do next: sentences, each with the command that does it, or ""."""
+    t, config, steps = trend_of(run), run.config, run.number("steps")
     kind = t.kind if t else "short"
     best = f" (its vectors at step {t.best_step:,}, the best)" if t and config.get("keep") == "best" else ""
     found = [(f"Use the word{best} in a prompt of your own", sample(run, "learned_embeds.safetensors"))]
@@ -181,7 +111,7 @@ def advice(run: Run) -> list[tuple[str, str]]:
     if steps and run.last_step < steps:
         why = "stopped early or was interrupted" if config.get("early_stop") else "was interrupted"
         folder = run.folder.parent if run.many else run.folder
-        command = shlex.join(["python", "-m", "minti.train", "--out", str(folder), "--resume"])
+        command = command_line(["python", "-m", "minti.train", "--out", str(folder), "--resume"])
         found.append((f"The run {why} at step {run.last_step:,} of {steps:,.0f}. Go on with it", command))
     if kind == "flat" and steps and t.flat_since < 0.5 * steps:
         found.append((f"More steps would not help; next time about {t.flat_since:,} will do", ""))
@@ -189,7 +119,7 @@ def advice(run: Run) -> list[tuple[str, str]]:
         flags = [part for flag, (value, _) in changes.items() for part in (flag, value)]
         where = ["--config", str(run.folder / "config.yaml"), "--out", f"{run.folder}-2"]
         # A flag would change the other words of a run, too.
-        command = "" if run.many else shlex.join(["python", "-m", "minti.train", *where, *flags])
+        command = "" if run.many else command_line(["python", "-m", "minti.train", *where, *flags])
         found.append((f"Train again with {', '.join(what for _, what in changes.values())}", command))
     if (run.num_vectors or 1) > 2:
         text = f"A word of {run.num_vectors} vectors is closer to the photos, but bends less to the prompt"
@@ -197,8 +127,8 @@ def advice(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def _changes(run: Run, kind: str) -> dict[str, tuple[str, str]]:
-    """Flags for another try, each with its value and what it means."""
+def _changes(run: RunRecord, kind: str) -> dict[str, tuple[str, str]]:
+    """Flags for another run, each with its value and what it means."""
     lr, steps, norm = run.number("lr"), run.number("steps"), run.final("norm")
     changes = {}
     if kind == "failed" and lr:
@@ -218,7 +148,7 @@ def _changes(run: Run, kind: str) -> dict[str, tuple[str, str]]:
     return changes
 
 
-def sample(run: Run, file: str) -> str:
+def sample(run: RunRecord, file: str) -> str:
     """The command that makes pictures with vectors saved in the folder of the run."""
     config, path = run.config, run.folder / file
     scene = "a house by the sea in the style of" if config.get("templates") == "style" else "a photo of"
@@ -226,7 +156,18 @@ def sample(run: Run, file: str) -> str:
     for key in ("tokenizer", "variant", "vae", "prediction_type", "size"):
         if config.get(key):
             model += [f"--{key.replace('_', '-')}", str(config[key])]
-    model += ["--ema"] * (config.get("ema") is True)
-    prompt = f"{scene} {run.word}" + " on the beach" * (scene == "a photo of")
+    if config.get("ema") is True:
+        model.append("--ema")
+    prompt = f"{scene} {run.word}"
+    if scene == "a photo of":
+        prompt += " on the beach"
     words = ["--concept", str(path), "--prompt", prompt, "--out", f"{path.with_suffix('')}-pictures"]
-    return shlex.join(["python", "-m", "minti.sample", *model, *words])
+    return command_line(["python", "-m", "minti.sample", *model, *words])
+
+
+def command_line(parts: Sequence[str], windows: bool = os.name == "nt") -> str:
+    """A command to be pasted into a shell: of POSIX, or cmd and PowerShell on Windows."""
+    if not windows:
+        return shlex.join(parts)
+    quoted = ['"' + part.replace('"', '\\"') + '"' for part in parts]
+    return " ".join(p if re.fullmatch(r"[\w.:/\\-]+", p) else q for p, q in zip(parts, quoted, strict=True))

@@ -21,7 +21,7 @@ from ..inversion.start import initial_rows
 from ..inversion.templates import load_templates
 from ..inversion.views import RANDOM_CROPS, View, encode_views, make_views
 from ..model.stable_diffusion import StableDiffusion
-from .folder import Run
+from .learned_word import LearnedWord
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def load_word(
     flip: bool,
     lr_scale: float = 1,
     start: Tensor | None = None,
-) -> tuple[Run, Image.Image]:
+) -> tuple[LearnedWord, Image.Image]:
     """Encode the photos of a word and find the vectors it starts from.
 
     Args:
@@ -81,7 +81,7 @@ def load_word(
     if start is None:
         start = initial_rows(sd, spec["init"], spec["init_word"], spec["num_vectors"], spec["seed"])
     word = Word(
-        spec["alias"],
+        spec["learning_name"],
         start,
         latents,
         templates,
@@ -90,11 +90,11 @@ def load_word(
         seed=spec["seed"],
     )
     log.info("%s: %d photos, %d views of %d pixels", spec["placeholder"], len(photos), len(pictures), size)
-    run = Run(
+    learned = LearnedWord(
         word,
         spec["placeholder"],
         out / spec["name"],
         "" if spec["init"] == "random" else spec["init_word"],
         torch.tensor(list(photos_hash.digest()), dtype=torch.uint8),
     )
-    return run, image_grid(pictures, SHEET_COLUMNS)
+    return learned, image_grid(pictures, SHEET_COLUMNS)

@@ -1,0 +1,148 @@
+"""One word of a run: how it has done so far, when it has converged, and the files it is kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..formats.atomic import write_atomically
+from ..formats.concept import Concept
+from ..inversion.batches import Word
+from .folder import log_csv, read_log
+
+
+@dataclass(frozen=True)
+class Watching:
+    """When the words of a run are evaluated, previewed and saved, and when their learning ends early.
+
+    Attributes:
+        save_every, eval_every, sample_every: steps between savings, evaluations and previews; 0: none.
+        sample_prompt: prompts of the previews, with {} for the word.
+        sample_steps: DDIM steps of the previews.
+        keep: "last" or "best": which vectors are the result, the last ones or those of the lowest eval loss.
+        early_stop: see `LearnedWord.has_converged`; None: never.
+        early_stop_window: evaluations over which the variance is taken.
+        tensorboard: also log for TensorBoard.
+    """
+
+    save_every: int = 500
+    eval_every: int = 100
+    sample_every: int = 500
+    sample_prompt: Sequence[str] = ()
+    sample_steps: int = 25
+    keep: str = "last"
+    early_stop: float | None = None
+    early_stop_window: int = 10
+    tensorboard: bool = False
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """The prompts of the previews."""
+        return self.sample_prompt or ["a photo of {}"]
+
+
+@dataclass
+class LearnedWord:
+    """A word of a run.
+
+    Attributes:
+        word: what it is learned from; its placeholder may be an alias.
+        placeholder: the word as it is saved.
+        folder: where it is saved.
+        init_word: what it started from, in words.
+        photos_hash: of the photos as trained and of the prompts, (32,) uint8.
+        rows: those of log.csv, one for each step.
+        best, best_loss, best_step: the vectors at the lowest eval loss, (n, D), that loss and its step.
+        final: the vectors when they had converged, (n, D); from then on the word is no longer learned.
+    """
+
+    word: Word
+    placeholder: str
+    folder: Path
+    init_word: str
+    photos_hash: Tensor
+    rows: list[dict[str, float | None]] = field(default_factory=list)
+    best: Tensor | None = None
+    best_loss: float = float("inf")
+    best_step: int = 0
+    final: Tensor | None = None
+
+    @property
+    def evaluations(self) -> list[float]:
+        """The eval losses so far."""
+        return [row["eval_loss"] for row in self.rows if row["eval_loss"] is not None]
+
+    def evaluated(self, loss: float, vectors: Tensor, watching: Watching, last_vector: int = 0) -> None:
+        """Take note of an evaluation at the step of the last row.
+
+        Args:
+            loss: the eval loss.
+            vectors: the vectors that have it, (n, D).
+            last_vector: the step at which the last vector joined in.
+        """
+        self.rows[-1]["eval_loss"] = loss
+        if loss < self.best_loss:
+            self.best, self.best_loss, self.best_step = vectors, loss, self.rows[-1]["step"]
+        if len(self.rows) > last_vector and self.has_converged(watching):
+            self.final = vectors
+
+    def has_converged(self, watching: Watching) -> bool:
+        """Whether the eval loss varies much less than at first: the rule of DVAR (arXiv 2302.04841)."""
+        window, losses = watching.early_stop_window, self.evaluations
+        if watching.early_stop is None or len(losses) < 2 * window:
+            return False
+        return bool(np.var(losses[-window:]) < watching.early_stop * np.var(losses[:window]))
+
+    def save(self, step: int, vectors: Tensor, metadata: Mapping[str, str], keep: str) -> None:
+        """Write the vectors at a step, the result as `keep` has it, and the log."""
+        concept = Concept(self.placeholder, vectors, {**metadata, "step": str(step)})
+        concept.save(self.folder / "embeds" / f"step-{step:06d}.safetensors")
+        if keep == "best" and self.best is not None:
+            concept = Concept(self.placeholder, self.best, {**metadata, "step": str(self.best_step)})
+        concept.save(self.folder / "learned_embeds.safetensors")
+        write_atomically(self.folder / "log.csv", log_csv(self.rows))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is needed to resume, beside log.csv and the state of the learning itself."""
+        state = {"init": self.word.init}
+        if self.final is not None:
+            state |= {"final": self.final, "final_step": torch.tensor(len(self.rows))}
+        if self.best is not None:
+            loss = torch.tensor(self.best_loss, dtype=torch.float64)
+            state |= {"best": self.best, "best_loss": loss, "best_step": torch.tensor(self.best_step)}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Resume after so many steps.
+
+        Raises:
+            InputError: log.csv is damaged.
+            KeyError, ValueError: the state is.
+        """
+        self.final = state.get("final")
+        self.rows = read_log(
+            self.folder / "log.csv", steps if self.final is None else int(state["final_step"])
+        )
+        if "best" in state:
+            self.best, self.best_loss = state["best"], state["best_loss"].item()
+            self.best_step = int(state["best_step"])
+        for vectors in filter(lambda v: v is not None, (self.final, self.best)):
+            if vectors.ndim != 2 or vectors.shape[1:] != self.word.init.shape[1:]:
+                raise ValueError(f"vectors of shape {tuple(vectors.shape)}")
+
+
+def check_watching(watching: Watching, steps: int, progressive: Sequence[int]) -> None:
+    """Raises InputError if options do not go together, rather than hours later."""
+    for template in watching.sample_prompt:
+        if "{}" not in template:
+            raise InputError(f"--sample-prompt {template!r}: needs {{}} where the word goes")
+    if (last := max(progressive, default=0)) >= steps:
+        raise InputError(f"--progressive {last}: should be less than --steps, {steps}")
+    if not watching.eval_every and (watching.early_stop is not None or watching.keep == "best"):
+        raise InputError("--early-stop and --keep best go by evaluations: give --eval-every a number")
