@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from .cli.command import run_command
 from .cli.options import Parser, number
@@ -13,11 +14,13 @@ from .formats.atomic import remove_temporaries
 from .formats.concept import SUFFIXES, Concept, read_concepts, save_concepts
 from .model.embedding import encoder_of
 from .model.tokenizer import clean
+from .version import __version__
 
 
 def parser() -> Parser:
     """The command line."""
     main = Parser(prog="python -m minti.concept", description="Look into, convert, merge learned words.")
+    main.add_argument("--version", action="version", version=f"minti {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="inspect|convert|merge")
 
     inspect = commands.add_parser("inspect", help="say what files hold")
@@ -123,5 +126,10 @@ def merged(files: Sequence[str], renames: Sequence[str], width: int | None) -> l
     return concepts
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Run as a program."""
     run_command("minti.concept", main)
+
+
+if __name__ == "__main__":
+    command()

@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .cli.command import run_command
 from .cli.model_options import load_model
@@ -185,5 +186,10 @@ def write_results(
     log.info("evaluation.json, plot.svg and grids are in %s", out)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Run as a program."""
     run_command("minti.evaluate", main)
+
+
+if __name__ == "__main__":
+    command()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -237,5 +237,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info("%d pictures in %s (%.1f s), together in grid.png", len(planned), out, seconds)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Run as a program."""
     run_command("minti.sample", main)
+
+
+if __name__ == "__main__":
+    command()

@@ -5,6 +5,7 @@ import io
 import re
 import shlex
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ import yaml
 from PIL import Image
 
 from minti import sample
-from minti.cli.svg import chart, short
+from minti.cli.svg import Point, chart, scatter, short
 from minti.formats.concept import Concept
 from minti.runs.folder import RunRecord as Run
 from minti.runs.report import write_report
-from minti.runs.verdict import advice, trend, trend_of, verdict, warnings
+from minti.runs.verdict import advice, command_line, trend, trend_of, verdict, warnings
 
 COLUMNS = "step,loss,eval_loss,lr,norm,cosine,seconds"
 CONFIG = {"placeholder": "<toy>", "init_word": "toy", "checkpoint": "my weights/sd", "lr": 0.004, "steps": 8}
@@ -260,7 +261,7 @@ def test_damaged_pieces(make):
 
 
 def path_points(svg, name):
-    path = re.search(rf'<path class={name} d="M([^"]*)"', svg)[1]
+    path = re.search(rf'<path class="{name}" d="M([^"]*)"', svg)[1]
     return np.array([point.split() for point in re.split("h0M|L", path.removesuffix("h0"))], dtype=float)
 
 
@@ -272,7 +273,7 @@ def test_chart_is_to_scale():
     for pixels, numbers in ((x, steps), (y, values)):
         slope, offset = np.polyfit(numbers, pixels, 1)
         assert np.abs(slope * numbers + offset - pixels).max() < 0.1
-    labels = re.findall(r"y=([\d.]+) text-anchor=end>([\d.]+)<", svg)
+    labels = re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)
     slope, offset = np.polyfit(values, y, 1)
     assert len(labels) >= 4
     for pixel, label in labels:
@@ -298,3 +299,26 @@ def test_running_median_sees_through_outliers():
 
 def test_short_numbers():
     assert [short(v) for v in (3000, 0.1103, 5e-5, 2, 1.5e-10)] == ["3,000", "0.11", "5e-5", "2", "1.5e-10"]
+
+
+def test_control_characters_leave_a_plot_valid():
+    svg = scatter("a", "x", "y\x1b", [Point(0.5, 0.5, "<toy>\x07\x9b")])
+    texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.text]
+    assert any(text.startswith("<toy>\N{REPLACEMENT CHARACTER}") for text in texts)
+
+
+def test_commands_for_windows():
+    parts = [
+        "python",
+        "-m",
+        "minti.sample",
+        "--concept",
+        "C:\\my runs\\toy",
+        "--prompt",
+        "a <toy>",
+        "--out",
+        "b\\c",
+    ]
+    expected = 'python -m minti.sample --concept "C:\\my runs\\toy" --prompt "a <toy>" --out b\\c'
+    assert command_line(parts, windows=True) == expected
+    assert shlex.split(command_line(parts, windows=False)) == parts

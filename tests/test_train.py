@@ -133,7 +133,7 @@ def test_everything_a_run_writes(
     metadata = Concept.load(out / "learned_embeds.safetensors").metadata
     sd = minti.load(base / "model", device="cpu")
     expected = {"init_word": "red toy", "step": "5", "seed": "0", "minti": minti.__version__}
-    model = model_hash(sd.text_encoder.text_model.encoder, sd.unet, sd.vae)
+    model = model_hash(sd.text_encoder, sd.unet, sd.vae)
     expected |= {"base_model": str(base / "model"), "base_model_hash": model, "dtype": "float32"}
     assert expected.items() <= metadata.items()
     with safe_open(out / "learned_embeds.safetensors", "pt") as file:
@@ -617,8 +617,8 @@ def test_the_last_good_vectors_are_kept(
         ),
         (["--size", "512x768"], "photos are trained as squares; give one number"),
         (["--sample-steps", "5000"], "--sample-steps: "),
-        (["--placeholder", "emb_params"], "'emb_params' cannot be a word"),
-        (["--placeholder", "toy.bias"], "'toy.bias' cannot be a word"),
+        (["--placeholder", "emb_params"], "'emb_params' would not be read as a word again"),
+        (["--placeholder", "toy.bias"], "'toy.bias' would not be read as a word again"),
         (["--num-vectors", "2", "--progressive", "4"], "progressive 4: should be less than --steps, 4"),
         (["--keep", "best", "--eval-every", "0"], "go by evaluations: give --eval-every"),
         (["--early-stop", "0.1", "--eval-every", "0"], "go by evaluations: give --eval-every"),

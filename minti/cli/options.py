@@ -17,6 +17,8 @@ from ..model import kernels
 from ..version import __version__
 from .yaml_files import is_text, read_yaml
 
+PATHS = ("DIR", "PATH", "FILE|RUN", "NAME|FILE")  # the metavars of options that are paths
+TINY = ("weights", "tiny")  # the model that comes with the repository
 MAX_SIDE = 2**14  # of a picture in pixels
 MOST = 10**9  # of any whole number that has no smaller bound
 
@@ -76,6 +78,8 @@ class Options:
         if isinstance(default, list):
             options["action"] = "append"
             self._lists.add(name)
+        if options.get("metavar") in PATHS:
+            options["type"] = path
         if not isinstance(default, bool) and options.get("type", path) is path and "choices" not in options:
             self._texts.add(name)
         self._defaults[name] = default
@@ -89,9 +93,9 @@ class Options:
         """Declare the options that say which model to load, and how; see `load_model`."""
         group, kinds = "the model", ["epsilon", "v_prediction", "sample"]
         text = "diffusers folder, or .safetensors or .ckpt file"
-        self.add(group, "--checkpoint", type=path, metavar="PATH", help=text)
+        self.add(group, "--checkpoint", metavar="PATH", help=text)
         text = "tokenizer for a single file, folder or .txt.gz"
-        self.add(group, "--tokenizer", type=path, metavar="PATH", help=text)
+        self.add(group, "--tokenizer", metavar="PATH", help=text)
         self.add(group, "--variant", metavar="NAME", help="which weights of a folder, such as fp16")
         self.add(group, "--ema", False, help="the averaged weights of a file that has both")
         self.add(group, "--vae", metavar="PATH", help="autoencoder to use instead: folder or file")
@@ -107,9 +111,9 @@ class Options:
     def add_judge(self, group: str) -> None:
         """Declare the options that say which CLIP judges pictures; see `scoring.choose_clip`."""
         text = "CLIP to judge by: transformers folder or OpenAI's .pt; by default the checkpoint's own"
-        self.add(group, "--clip", type=path, metavar="PATH", help=text)
+        self.add(group, "--clip", metavar="PATH", help=text)
         text = "tokenizer for a .pt file, folder or .txt.gz"
-        self.add(group, "--clip-tokenizer", type=path, metavar="PATH", help=text)
+        self.add(group, "--clip-tokenizer", metavar="PATH", help=text)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -235,8 +239,16 @@ def number(
 
 
 def path(text: str) -> str:
-    """A type of option: a path, in which `~` is the home of the user."""
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    """A type of option: a path. `~` is the home of the user; `weights/tiny` is found from any folder."""
+    if text.startswith("~"):
+        return str(Path(text).expanduser())
+    if Path(text).parts[:2] != TINY or Path(text).exists():
+        return text
+    shipped = Path(__file__).resolve().parents[2] / text
+    if not shipped.exists() and not Path(*TINY).exists():
+        remedy = "run this in a clone of it, or give a checkpoint and photos of your own"
+        raise argparse.ArgumentTypeError(f"{text} comes with the repository, not with the package; {remedy}")
+    return str(shipped) if shipped.exists() else text
 
 
 def side(text: str) -> int:

@@ -22,7 +22,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: there is no such file, or it is not a table of plain values.
     """
-    if not Path(path).exists() and (RECIPES / f"{path}.yaml").exists():
+    if not Path(path).is_file() and (RECIPES / f"{path}.yaml").exists():
         path = RECIPES / f"{path}.yaml"
     if Path(path).exists() and not Path(path).is_file():
         raise InputError(f"{path}: is not a file; give a YAML file, or the name of a recipe")

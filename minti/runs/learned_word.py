@@ -90,7 +90,7 @@ class LearnedWord:
         if loss < self.best_loss:
             self.best, self.best_loss, self.best_step = vectors, loss, self.rows[-1]["step"]
         if len(self.rows) > last_vector and self.has_converged(watching):
-            self.final = vectors
+            self.final = vectors.clone()  # tensors of a file must not share memory
 
     def has_converged(self, watching: Watching) -> bool:
         """Whether the eval loss varies much less than at first: the rule of DVAR (arXiv 2302.04841)."""

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..cli.options import Options, number, path, side
+from ..cli.options import Options, number, side
 from ..cli.yaml_files import read_yaml
 from ..errors import InputError
 from ..inversion.batches import Settings
@@ -29,7 +29,7 @@ def options() -> Options:
     weight, rate = number(float, 0, 1e6), number(float, 0)
     count, steps, some = number(int, 1), number(int, 0), number(int, 1, 4096)
     group = "what to learn"
-    opts.add(group, "--images", type=path, metavar="DIR", help="folder with three to five photos")
+    opts.add(group, "--images", metavar="DIR", help="folder with three to five photos")
     opts.add(group, "--placeholder", metavar="WORD", help="the new word, such as '<toy>'")
     opts.add(group, "--init-word", "", metavar="TEXT", help="coarse description to start from, such as toy")
     kinds = ["word", "output", "random", "file"]
@@ -38,9 +38,9 @@ def options() -> Options:
     text = "vectors the word stands for; with --init file, as many as there are in the file"
     opts.add(group, "--num-vectors", 1, type=number(int, 1, 75), help=text)
     text = "prompts to learn in: object, style, or a file"
-    opts.add(group, "--templates", "object", type=path, metavar="NAME|FILE", help=text)
+    opts.add(group, "--templates", "object", metavar="NAME|FILE", help=text)
     opts.add(group, "--replace-word", False, help="allow a placeholder that means something already")
-    opts.add(group, "--out", type=path, metavar="DIR", help="folder for everything the run writes")
+    opts.add(group, "--out", metavar="DIR", help="folder for everything the run writes")
     opts.add(group, "--resume", False, help="go on with the run in --out")
     opts.add(group, "--overwrite", False, help="replace the run in --out")
     group = "photos"

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..cli.command import run_command
 from ..cli.model_options import load_model
@@ -125,5 +125,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                     print(f"{claim['verdict']}: {claim['says']} ({claim_numbers(claim, claim['score'])})")
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Run as a program."""
     run_command("minti.study", main)
+
+
+if __name__ == "__main__":
+    command()
