@@ -40,8 +40,8 @@ from minti.inversion.views import encode_views, make_views
 from minti.model.model_hash import model_hash
 from minti.model.vae import VAE
 from minti.runs import trainer
-from minti.runs.learned_word import LearnedWord, Watching
 from minti.runs.report import nearest_words
+from minti.runs.run_word import RunWord, Watching
 from minti.runs.stop import Stop
 from minti.runs.trainer import Trainer
 from minti.runs.words import view_picture
@@ -438,7 +438,7 @@ def test_when_to_stop(window: int, threshold: float) -> None:
     found = None
     for n in range(len(CURVE) + 1):
         rows = [{"eval_loss": v} for x in CURVE[:n] for v in (None, x)]
-        if LearnedWord(None, "", Path(), "", torch.zeros(32), rows).has_converged(watching):
+        if RunWord(None, "", Path(), "", torch.zeros(32), rows).has_converged(watching):
             found = n
             break
     assert found == expected
@@ -471,7 +471,7 @@ def test_a_run_stops_early(run: Callable, monkeypatch: pytest.MonkeyPatch) -> No
 def test_not_before_the_last_vector_has_learned() -> None:
     for step, expected in ((3, True), (4, False)):
         rows = [{"step": i, "eval_loss": v} for i, v in enumerate((3.0, 1.0, 2.0, None), 1)]
-        word = LearnedWord(None, "", Path(), "", torch.zeros(32), rows)
+        word = RunWord(None, "", Path(), "", torch.zeros(32), rows)
         watching = Watching(early_stop=0.1, early_stop_window=2)
         word.evaluated(2.0, torch.zeros(1, 32), watching, last_vector=step)
         assert (word.final is not None) == expected

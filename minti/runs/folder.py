@@ -31,7 +31,6 @@ STATE = "state.safetensors"  # the first to be removed: without it, nothing is r
 FILES = (STATE, "learned_embeds.safetensors", "log.csv", "inputs.png", "report.html")
 NUMBERED = ("embeds", "samples")  # folders of files such as step-000500.png
 COLUMNS = ("step", "loss", "eval_loss", "lr", "norm", "cosine", "seconds")
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside the vectors in the state
 # Windows has no files of these names, whatever their ending.
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
@@ -100,17 +99,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
         return load_file(path) if path.exists() else {}
     except SafetensorError as error:
         raise InputError(f"{path}: is damaged ({error}); remove it to start again") from None
-
-
-def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises KeyError or ValueError unless a saved state can be that of the learning whose state is given."""
-    moments = {key[:-4] + m: v for key, v in expected.items() if key[-4:] == "rows" for m in MOMENTS}
-    for key, value in (expected | moments).items():
-        found = state.get(key, value) if key in moments else state[key]
-        if found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
-            raise ValueError(f"{key} is {found.dtype} of shape {tuple(found.shape)}")
-    if int(state["step"]) < 0:
-        raise ValueError("step is negative")
 
 
 def read_log(path: Path, steps: int) -> list[dict[str, float | None]]:

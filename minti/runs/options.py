@@ -15,7 +15,7 @@ from ..inversion.batches import Settings
 from ..inversion.views import CROPS
 from ..model.tokenizer import clean
 from .folder import is_name
-from .learned_word import Watching
+from .run_word import Watching
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .learned_word import LearnedWord
+from .run_word import RunWord
 
 
 class Board:
@@ -36,6 +36,6 @@ class Board:
         self._writer.flush()
 
 
-def open_boards(out: Path, words: Sequence[LearnedWord]) -> list[Board]:
+def open_boards(out: Path, words: Sequence[RunWord]) -> list[Board]:
     """A log for each word. Raises InputError if the package tensorboard is not installed."""
     return [Board(out / "tensorboard" / (word.folder.name if word.folder != out else "")) for word in words]

@@ -28,9 +28,9 @@ from ..inversion.inversion import Inversion
 from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
 from ..version import __version__
-from .folder import COLUMNS, STATE, check_state
-from .learned_word import LearnedWord, Watching, check_watching
+from .folder import COLUMNS, STATE
 from .report import nearest_words, write_report
+from .run_word import RunWord, Watching, check_watching
 from .stop import Stop
 from .tensorboard import open_boards
 
@@ -60,7 +60,7 @@ class Trainer:
     def __init__(
         self,
         sd: StableDiffusion,
-        words: Sequence[LearnedWord],
+        words: Sequence[RunWord],
         settings: Settings,
         watching: Watching,
         processes: Processes,
@@ -130,16 +130,15 @@ class Trainer:
                 remedy = "continue as it began, or start again with --overwrite"
                 raise InputError(f"{self.state_path}: the run began with {what}; {remedy}")
         try:
-            check_state(state, self.inversion.state_dict())
             self.inversion.load_state_dict(state)
+        except InputError as error:
+            raise InputError(f"{self.state_path}: {error}; remove it to start again") from None
+        try:
             for i, word in enumerate(self.words):
                 own = {key.removesuffix(f".{i}"): value for key, value in state.items()}
                 word.load_state_dict(own, self.inversion.step_count)
-        except InputError:
-            raise
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            raise InputError(f"{self.state_path}: is damaged ({reason}); remove it to start again") from None
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{self.state_path}: is damaged ({error}); remove it to start again") from None
         log.info("resumed after step %d", self.inversion.step_count)
 
     def train(self, stop: Stop) -> bool:
@@ -241,7 +240,7 @@ class Trainer:
                 word.rows.append(dict(zip(COLUMNS, numbers, strict=True)))
         self._pending.clear()
 
-    def _preview(self, words: Sequence[LearnedWord]) -> None:
+    def _preview(self, words: Sequence[RunWord]) -> None:
         """Make pictures of words in each of the prompts, always with the same seeds.
 
         If that fails, there is one warning, and no more previews.
@@ -278,8 +277,9 @@ class Trainer:
         state = self.inversion.state_dict() | {key: value for key, (value, _) in self._resume_checks.items()}
         for i, word in enumerate(self.words):
             step = self.inversion.step_count if word.final is None else len(word.rows)
-            metadata = self._metadata | {"init_word": word.init_word, "seed": str(word.word.seed)}
-            word.save(step, self._vectors(i), metadata, self.watching.keep)
+            own = {"init_word": word.init_word, "step": str(step), "seed": str(word.word.seed)}
+            concept = Concept(word.placeholder, self._vectors(i), self._metadata | own, self.sd.widths)
+            word.save(concept, self.watching.keep)
             state |= {f"{key}.{i}": value for key, value in word.state_dict().items()}
         if resumable:
             write_atomically(self.state_path, save({key: value.contiguous() for key, value in state.items()}))

@@ -21,7 +21,7 @@ from ..inversion.start import initial_rows
 from ..inversion.templates import load_templates
 from ..inversion.views import RANDOM_CROPS, View, encode_views, make_views
 from ..model.stable_diffusion import StableDiffusion
-from .learned_word import LearnedWord
+from .run_word import RunWord
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def load_word(
     flip: bool,
     lr_scale: float = 1,
     start: Tensor | None = None,
-) -> tuple[LearnedWord, Image.Image]:
+) -> tuple[RunWord, Image.Image]:
     """Encode the photos of a word and find the vectors it starts from.
 
     Args:
@@ -90,7 +90,7 @@ def load_word(
         seed=spec["seed"],
     )
     log.info("%s: %d photos, %d views of %d pixels", spec["placeholder"], len(photos), len(pictures), size)
-    learned = LearnedWord(
+    learned = RunWord(
         word,
         spec["placeholder"],
         out / spec["name"],

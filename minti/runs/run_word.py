@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ class Watching:
         sample_prompt: prompts of the previews, with {} for the word.
         sample_steps: DDIM steps of the previews.
         keep: "last" or "best": which vectors are the result, the last ones or those of the lowest eval loss.
-        early_stop: see `LearnedWord.has_converged`; None: never.
+        early_stop: see `RunWord.has_converged`; None: never.
         early_stop_window: evaluations over which the variance is taken.
         tensorboard: also log for TensorBoard.
     """
@@ -48,7 +48,7 @@ class Watching:
 
 
 @dataclass
-class LearnedWord:
+class RunWord:
     """A word of a run.
 
     Attributes:
@@ -99,12 +99,12 @@ class LearnedWord:
             return False
         return bool(np.var(losses[-window:]) < watching.early_stop * np.var(losses[:window]))
 
-    def save(self, step: int, vectors: Tensor, metadata: Mapping[str, str], keep: str) -> None:
-        """Write the vectors at a step, the result as `keep` has it, and the log."""
-        concept = Concept(self.placeholder, vectors, {**metadata, "step": str(step)})
-        concept.save(self.folder / "embeds" / f"step-{step:06d}.safetensors")
+    def save(self, concept: Concept, keep: str) -> None:
+        """Write the word at the step that its metadata name, the result as `keep` has it, and the log."""
+        concept.save(self.folder / "embeds" / f"step-{int(concept.metadata['step']):06d}.safetensors")
         if keep == "best" and self.best is not None:
-            concept = Concept(self.placeholder, self.best, {**metadata, "step": str(self.best_step)})
+            metadata = {**concept.metadata, "step": str(self.best_step)}
+            concept = replace(concept, vectors=self.best, metadata=metadata)
         concept.save(self.folder / "learned_embeds.safetensors")
         write_atomically(self.folder / "log.csv", log_csv(self.rows))
 
@@ -122,8 +122,8 @@ class LearnedWord:
         """Resume after so many steps.
 
         Raises:
-            InputError: log.csv is damaged.
-            KeyError, ValueError: the state is.
+            InputError: log.csv is damaged, or the vectors are not like those of the word.
+            KeyError: the state lacks something.
         """
         self.final = state.get("final")
         self.rows = read_log(
@@ -134,7 +134,7 @@ class LearnedWord:
             self.best_step = int(state["best_step"])
         for vectors in filter(lambda v: v is not None, (self.final, self.best)):
             if vectors.ndim != 2 or vectors.shape[1:] != self.word.init.shape[1:]:
-                raise ValueError(f"vectors of shape {tuple(vectors.shape)}")
+                raise InputError(f"{self.folder}: the saved state holds vectors of another word; --overwrite")
 
 
 def check_watching(watching: Watching, steps: int, progressive: Sequence[int]) -> None:
