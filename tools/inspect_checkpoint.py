@@ -25,26 +25,9 @@ from minti.errors import InputError
 from minti.formats.checkpoint import load_tokenizer, make_plan, probe_prediction_type
 from minti.formats.concept import Concept
 from minti.formats.json_checks import read_json
+from minti.formats.kinds import kind_of_keys
 from minti.formats.load_plan import CheckpointPlan, PartPlan
 from minti.formats.weightfile import WeightFile
-
-# What a file seems to be, from a telling key: the first row that fits any key counts.
-KINDS = (
-    (r"lora_(up|down|A|B|unet|te)|\.lora\.(up|down)", "a LoRA: small changes, to be added to a model"),
-    (r"hada_w1|lokr_w1", "a LyCORIS file: small changes, to be added to a model"),
-    (r"^control_model\.|controlnet_cond_embedding", "a ControlNet, which steers a model"),
-    (r"joint_blocks|double_blocks", "a diffusion transformer (SD 3, Flux, ...) rather than a UNet"),
-    (r"^conditioner\.embedders\.1\.", "SDXL: two text encoders and a larger UNet, in one file"),
-    (r"^conditioner\.", "the refiner of SDXL, in one file"),
-    (r"^cond_stage_model\.transformer\.token_emb\.", "the first latent diffusion model (LDM), with BERT"),
-    (r"^cond_stage_model\.", "a Stable Diffusion in one file (CompVis layout), or most of one"),
-    (r"^model\.diffusion_model\.", "a UNet in the CompVis layout, without a text encoder"),
-    (r"^vision_model\.|^visual\.", "CLIP with its image encoder"),
-    (r"^add_embedding\.", "the UNet of SDXL alone"),
-    (r"^(down_blocks\.0\.resnets|input_blocks\.0)\.", "a UNet alone"),
-    (r"(^|\.)decoder\.(mid|up|mid_block|up_blocks)\.", "an autoencoder (VAE) alone"),
-    (r"(^|\.)token_embedding\.weight$", "a CLIP text encoder alone"),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -148,7 +131,9 @@ def describe(plan: CheckpointPlan, limit: int) -> list[str]:
         f"{group}: {keys[0] if len(keys) == 1 else f'{len(keys):,} keys'}" for group, keys in groups.items()
     ]
     if faults:
-        faults.append("download it again or, if it is a new kind of model, see 'How to port' in README.md")
+        faults.append(
+            "download it again or, if it is a new kind of model, see 'Porting' in minti/formats/README.md"
+        )
     return faults
 
 
@@ -213,8 +198,7 @@ def describe_other(path: Path) -> list[WeightFile]:
         file = WeightFile(path)
     except InputError:
         return []  # the verdict says what it is
-    fits = (kind for pattern, kind in KINDS if any(re.search(pattern, key) for key in file.shapes))
-    say("seems to be", next(fits, "nothing known here"))
+    say("seems to be", kind_of_keys(file.shapes) or "nothing known here")
     say(
         "holds",
         f"{len(file.shapes):,} tensors, {dtypes(file.dtypes.values())}, {size(sum(file.nbytes.values()))}",
