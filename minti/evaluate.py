@@ -39,7 +39,17 @@ from .version import __version__
 log = logging.getLogger(__name__)
 
 MAY_DIFFER = ("out", "device", "batch_size", "compile", "attention")  # when an evaluation is continued
-OF_A_RUN = ("checkpoint", "images", "tokenizer", "variant", "ema", "vae", "prediction_type", "size")
+OF_A_RUN = (
+    "checkpoint",
+    "images",
+    "tokenizer",
+    "variant",
+    "ema",
+    "vae",
+    "schedule",
+    "prediction_type",
+    "size",
+)
 MADE = ("pictures", "grids", "evaluation.json", "plot.svg")
 
 

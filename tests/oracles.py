@@ -13,11 +13,14 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    LDMTextToImagePipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import (
+    BertTokenizer,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -345,3 +348,30 @@ def single_file(sd: minti.StableDiffusion) -> dict[str, torch.Tensor]:
         weights[f"{prefix}text_projection"] = torch.ones(width, width)
         weights[f"{prefix}logit_scale"] = torch.tensor(4.6)
     return {key: tensor.clone().contiguous() for key, tensor in weights.items()}
+
+
+# The first latent diffusion model ---
+
+BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"*<>.,abcdefghijklmnopqrstuvwxyz"]
+BERT_WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+BERT_WORDS += ["photo", "of", "the", "cat", "on", "grass", "toy", "dog", "red"]
+BERT = {"vocab_size": len(BERT_WORDS), "d_model": 64, "encoder_ffn_dim": 80, "encoder_layers": 3}
+BERT |= {"encoder_attention_heads": 8, "head_dim": 4, "init_std": 0.2}
+# As published, although the model was trained with "scaled_linear".
+WRONG_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "clip_sample": False}
+
+
+def ldm_pipeline(folder: Path) -> LDMTextToImagePipeline:
+    """A small LDM with its BERT; the vocabulary lies in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(BERT_WORDS), encoding="utf-8")
+    torch.manual_seed(6)
+    pipe = LDMTextToImagePipeline(
+        vqvae=vae(),
+        bert=randomise(LDMBertModel(LDMBertConfig(**BERT)), 6),
+        tokenizer=BertTokenizer(vocab=str(folder / "vocab.txt")),
+        unet=unet("sd1"),
+        scheduler=DDIMScheduler(**WRONG_SCHEDULE),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -100,6 +100,8 @@ class Options:
         self.add(group, "--ema", False, help="the averaged weights of a file that has both")
         self.add(group, "--vae", metavar="PATH", help="autoencoder to use instead: folder or file")
         self.add(group, "--prediction-type", choices=kinds, help="overrides what the checkpoint says")
+        text = "as-published: the noise schedule of the LDM's folder, which is not that of its training"
+        self.add(group, "--schedule", "auto", choices=["auto", "as-published"], help=text)
         self.add(group, "--device", "auto", help="auto, cpu, cuda, cuda:N or mps")
         self.add(group, "--dtype", "auto", choices=["auto", *DTYPES], help="number format of the weights")
         text = "sdpa: PyTorch's; triton: minti's own kernel, for NVIDIA GPUs"

@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from ..model.bert import BertConfig, BertTextModel
 from ..model.conditioning import TwoTextEncoders
 from ..model.config import TextConfig
 from ..model.diffusion import Schedule
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import Tokenizer
 from ..model.unet import UNet
+from ..model.wordpiece import WordPieceTokenizer
 from .folder import plan_folder
 from .load_plan import CheckpointPlan, refuse_problems
 from .single_file import plan_single_file, plan_vae
@@ -41,6 +43,7 @@ def load(
     variant: str | None = None,
     ema: bool = False,
     vae: str | Path | None = None,
+    schedule: str = "auto",
 ) -> StableDiffusion:
     """Load a public Stable Diffusion checkpoint.
 
@@ -53,6 +56,8 @@ def load(
         variant: which of several sets of weights in a folder, such as "fp16"; parts without it use another.
         ema: for a single file that holds both, the averaged weights instead of the raw ones.
         vae: folder or file of an autoencoder that takes the place of the checkpoint's own.
+        schedule: "as-published" believes the folder of the first latent diffusion model, whose noise schedule
+            is not the one it was trained with; "auto" takes the right one.
 
     Raises:
         InputError: one line that says what is wrong with the checkpoint or an argument.
@@ -64,7 +69,7 @@ def load(
         half = "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
         dtype = "float32" if where.type == "cpu" else half
 
-    plan = make_plan(path, variant=variant, ema=ema, vae=vae)
+    plan = make_plan(path, variant=variant, ema=ema, vae=vae, schedule=schedule)
     refuse_problems(plan.path, plan.problems())
     words = load_tokenizer(plan, tokenizer)
     dtypes = dict.fromkeys(plan.parts, DTYPES[dtype])
@@ -89,8 +94,8 @@ def load(
     if where.type == "cuda":
         for name in ("unet", "vae"):  # the layout in which convolutions are fastest; not so on the CPU
             modules[name].to(memory_format=torch.channels_last)
-    schedule, zeros = Schedule(plan.schedule, where), plan.zero_empty_prompt
-    return StableDiffusion(words, schedule=schedule, source=str(path), zero_empty_prompt=zeros, **modules)
+    modules |= {"schedule": Schedule(plan.schedule, where), "zero_empty_prompt": plan.zero_empty_prompt}
+    return StableDiffusion(words, source=str(path), **modules)
 
 
 def choose_device(name: str) -> torch.device:
@@ -122,12 +127,20 @@ def check_exists(path: str | Path) -> Path:
 
 
 def make_plan(
-    path: str | Path, *, variant: str | None = None, ema: bool = False, vae: str | Path | None = None
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    ema: bool = False,
+    vae: str | Path | None = None,
+    schedule: str = "auto",
 ) -> CheckpointPlan:
     """Look at a checkpoint without reading its weights. The arguments are those of `load`."""
     path = check_exists(path)
     other = plan_vae(check_exists(vae)) if vae else None
-    plan = plan_folder(path, variant, other) if path.is_dir() else plan_single_file(path, ema, other)
+    if path.is_dir():
+        plan = plan_folder(path, variant, other, as_published=schedule == "as-published")
+    else:
+        plan = plan_single_file(path, ema, other)
     if plan.is_sdxl and not plan.parts["vae"].has_config:
         module = plan.parts["vae"].module
         module.config = replace(module.config, scaling_factor=SDXL_SCALE)
@@ -137,11 +150,13 @@ def make_plan(
 def trained_size(plan: CheckpointPlan) -> tuple[int, int]:
     """Height and width, in latents, of the pictures the model was trained on.
 
-    Folders say it. Of single files, SDXL was trained on 1024 pixels, an SD 2.x that predicts v on 768, and
-    all others on 512.
+    Folders say it. Of single files, SDXL was trained on 1024 pixels, an SD 2.x that predicts v on 768, the
+    first latent diffusion model on 256, and all others on 512.
     """
     if plan.layout == "single file" and plan.is_sdxl:
         return 128, 128
+    if plan.layout == "single file" and isinstance(plan.parts["text_encoder"].module, BertTextModel):
+        return 32, 32
     large = plan.layout == "single file" and plan.family.startswith("SD 2.x")
     if large and plan.schedule.prediction_type == "v_prediction":
         return 96, 96
@@ -179,7 +194,7 @@ def load_tokenizer(
 
 def find_tokenizer(
     checkpoint: Path,
-    text: TextConfig,
+    text: TextConfig | BertConfig,
     path: str | Path | None,
     *,
     pad: str | None = None,
@@ -197,16 +212,26 @@ def find_tokenizer(
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     names = ("tokenizer", ".", "bpe_simple_vocab_16e6.txt.gz")
     for candidate in [Path(path)] if path else [folder / name for name in names]:
-        known = any((candidate / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+        known = any((candidate / name).is_file() for name in ("vocab.json", "tokenizer.json", "vocab.txt"))
         if not (path or known or candidate.is_file()):
             continue
         tokenizer = read_tokenizer(candidate, pad=pad)
+        wanted = WordPieceTokenizer if isinstance(text, BertConfig) else Tokenizer
+        if type(tokenizer) is not wanted:
+            raise InputError(
+                f"{candidate}: is {tokenizer.kind}'s tokenizer, {checkpoint} needs {wanted.kind}'s"
+            )
         if len(tokenizer) > text.vocab_size:
             raise InputError(
                 f"{candidate}: has {len(tokenizer)} ids, the text encoder of {checkpoint} knows "
                 f"{text.vocab_size}; give the tokenizer that belongs to it with {flag}"
             )
         return tokenizer
+    if isinstance(text, BertConfig):
+        raise InputError(
+            f"{checkpoint}: comes without a tokenizer; put vocab.txt of bert-base-uncased beside it, or give "
+            f"{flag} PATH"
+        )
     raise InputError(
         f"{checkpoint}: comes without a tokenizer; get CLIP's with `python tools/download.py tokenizer "
         f"{folder / 'tokenizer'}`, or give {flag} PATH"

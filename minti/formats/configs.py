@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ..errors import InputError
+from ..model.bert import BertConfig
 from ..model.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from .json_checks import (
     REQUIRED,
@@ -51,6 +52,21 @@ VISION: Table = TRANSFORMER | {
     "patch_size": (REQUIRED, whole(1, 4096)),
     "num_channels": (3, one_of(3)),
     "shares_text_space": (False, flag),  # ours: the text encoder beside it ends in the same space
+}
+BERT: Table = {
+    "model_type": ("ldmbert", one_of("ldmbert")),
+    "vocab_size": (REQUIRED, whole(2, VOCABULARY)),
+    "d_model": (REQUIRED, whole(1, WIDTH)),
+    "encoder_ffn_dim": (REQUIRED, whole(1, WIDTH)),
+    "encoder_layers": (REQUIRED, whole(1, LAYERS)),
+    "encoder_attention_heads": (REQUIRED, whole(1, WIDTH)),
+    "head_dim": (64, whole(1, WIDTH)),
+    "max_position_embeddings": (77, whole(1, 4096)),
+    "activation_function": ("gelu", one_of("gelu")),
+    "scale_embedding": (False, one_of(False)),
+    "num_hidden_layers": (None, optional(whole(1, LAYERS))),  # not used, as what follows
+    "init_std": (0.02, real(0, 10)),
+    "architectures": (None, optional(each(text, 8))),
 }
 DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # name: whether it has attention
 UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -147,6 +163,20 @@ def text_config(raw: Mapping[str, Any], source: str, *, projected: bool = False)
     if not (projected or any("WithProjection" in name for name in values["architectures"] or ())):
         values["projection_dim"] = None
     return _same_names(TextConfig, values)
+
+
+def bert_config(raw: Mapping[str, Any], source: str) -> BertConfig:
+    """The config of an LDMBertModel."""
+    values = read_keys(raw, BERT, source)
+    return BertConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["d_model"],
+        intermediate_size=values["encoder_ffn_dim"],
+        num_hidden_layers=values["encoder_layers"],
+        num_attention_heads=values["encoder_attention_heads"],
+        head_dim=values["head_dim"],
+        max_position_embeddings=values["max_position_embeddings"],
+    )
 
 
 def vision_config(raw: Mapping[str, Any], source: str) -> VisionConfig:

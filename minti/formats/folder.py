@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from ..model.bert import BertTextModel
 from ..model.clip import CLIPTextModel
 from ..model.diffusion import Schedule
 from ..model.unet import UNet
@@ -34,12 +35,15 @@ PLAYGROUND = (
 )
 
 
-def plan_folder(path: Path, variant: str | None, vae: PartPlan | None = None) -> CheckpointPlan:
+def plan_folder(
+    path: Path, variant: str | None, vae: PartPlan | None = None, *, as_published: bool = False
+) -> CheckpointPlan:
     """Plan for a folder, also of huggingface_hub's cache.
 
     Args:
         variant: of which set of weights, as in `model.fp16.safetensors`; a part without it uses another.
         vae: an autoencoder from elsewhere, instead of the folder's own.
+        as_published: believe the folder of the first latent diffusion model, whose noise schedule is wrong.
     """
     path = current_snapshot(path)
     index = path / "model_index.json"
@@ -47,15 +51,18 @@ def plan_folder(path: Path, variant: str | None, vae: PartPlan | None = None) ->
     kind = index_json.get("_class_name") or ""
     if not isinstance(kind, str):
         raise InputError(f"{index}: _class_name = {str(kind)[:60]} should be the name of a pipeline")
-    wanted = dict(PARTS)
+    wanted, folders = dict(PARTS), {name: name for name in (*PARTS, "text_encoder_2", "scheduler")}
+    if is_ldm := kind == "LDMTextToImagePipeline" or (path / "bert").is_dir():
+        wanted["text_encoder"] = (configs.bert_config, BertTextModel, "model")
+        folders |= {"text_encoder": "bert", "vae": "vqvae"}
     if (path / "text_encoder_2").is_dir():
         wanted["text_encoder_2"] = PARTS["text_encoder"]
         if not (path / "text_encoder").is_dir():
             raise InputError(f"{path}: {REFINER}")
     if vae:
         del wanted["vae"]
-    missing = [name for name in (*wanted, "scheduler") if not (path / name).is_dir()]
-    other = bool(kind) and "StableDiffusion" not in kind
+    missing = [folders[name] for name in (*wanted, "scheduler") if not (path / folders[name]).is_dir()]
+    other = bool(kind) and "StableDiffusion" not in kind and not is_ldm
     if missing or other:
         what = f"a {kind}" if other else f"no {', no '.join(missing)} folder"
         files = [p.name for p in sorted(path.glob("*")) if p.suffix in (".safetensors", ".ckpt")]
@@ -67,13 +74,21 @@ def plan_folder(path: Path, variant: str | None, vae: PartPlan | None = None) ->
         raw = read_json(source)
         if str(raw.get("_class_name", "")).startswith("EDM"):
             raise InputError(f"{path}: {PLAYGROUND}")
-        # Whatever the config says, the pipeline of diffusers has taken 1 since it learned of the setting.
-        schedule = replace(configs.schedule_config(raw, str(source)), steps_offset=1)
+        schedule = configs.schedule_config(raw, str(source))
+        if not (is_ldm and as_published):
+            # Whatever the config says, the pipeline of diffusers has taken 1 since it learned of the setting.
+            schedule = replace(schedule, steps_offset=1)
         Schedule(schedule)
     parts, notes, chosen = {"vae": vae} if vae else {}, [], set()
+    if is_ldm and not as_published and schedule.beta_schedule == "linear":
+        schedule = replace(schedule, beta_schedule="scaled_linear", set_alpha_to_one=False)
+        notes.append(
+            "noise schedule: scaled_linear, with which the model was trained; the folder says linear "
+            "(--schedule as-published takes that)"
+        )
     for name, (config, module, stem) in wanted.items():
-        parts[name] = folder_part(path / name, config, module, stem, variant)
-        chosen.add(used := find_weights(path / name, stem, variant)[1])
+        parts[name] = folder_part(path / folders[name], config, module, stem, variant)
+        chosen.add(used := find_weights(path / folders[name], stem, variant)[1])
         if used != (variant or ""):
             notes.append(f"{name}: no {variant or 'plain'} weights, using {parts[name].files[0].path.name}")
     if variant and variant not in chosen:

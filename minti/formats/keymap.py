@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..model.bert import BertConfig
 from ..model.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
 
 
@@ -169,6 +170,25 @@ def openai_image_blocks(config: VisionConfig) -> dict[str, str]:
     }
 
 
+def bert_blocks(config: BertConfig) -> dict[str, str]:
+    """The first latent diffusion model's text encoder: attention and perceptron are layers of their own."""
+    blocks = {
+        "model.embed_tokens.": "token_emb.",
+        "model.embed_positions.": "pos_emb.emb.",
+        "model.layer_norm.": "norm.",
+    }
+    for i in range(config.num_hidden_layers):
+        ours, attention, mlp = f"model.layers.{i}.", *(f"attn_layers.layers.{2 * i + j}." for j in (0, 1))
+        blocks |= {f"{ours}self_attn.{name}_proj.": f"{attention}1.to_{name}." for name in (*THIRDS, "out")}
+        blocks |= {
+            f"{ours}self_attn_layer_norm.": f"{attention}0.",
+            f"{ours}final_layer_norm.": f"{mlp}0.",
+            f"{ours}fc1.": f"{mlp}1.net.0.0.",
+            f"{ours}fc2.": f"{mlp}1.net.2.",
+        }
+    return blocks
+
+
 def find_origins(
     keys: Iterable[str], blocks: Mapping[str, str], layers: Mapping[str, tuple[str, str]], prefix: str
 ) -> dict[str, Origin]:
@@ -207,4 +227,5 @@ IGNORED = re.compile(
     # that the official training of textual inversion saved; the filter of finished pictures.
     r"|cond_stage_model\.(transformer\.)?(text_projection(\.weight)?|vision_model\..*|visual_projection\..*)"
     r"|embedding_manager\..*|safety_checker\..*"
+    r"|(cond_stage_model\.transformer\.)?to_logits\..*"  # BERT's head, for another task
 )

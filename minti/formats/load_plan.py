@@ -151,7 +151,7 @@ class CheckpointPlan:
     def family(self) -> str:
         """The name of the family of models, for people."""
         unet: UNetConfig = self.parts["unet"].module.config
-        name = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}.get(
+        name = {768: "SD 1.x", 1024: "SD 2.x", 1280: "LDM", 2048: "SDXL"}.get(
             unet.cross_attention_dim, "Stable Diffusion, own size"
         )
         return name + (" inpainting" if unet.in_channels == 9 else "")

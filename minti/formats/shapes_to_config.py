@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..errors import InputError
+from ..model.bert import BertConfig
 from ..model.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -72,6 +73,19 @@ def openai_text_config(shapes: Shapes) -> TextConfig:
         num_hidden_layers=_count(shapes, r"transformer\.resblocks\.(\d+)\."),
         hidden_act="quick_gelu",
         projection_dim=shapes["text_projection"][1],
+    )
+
+
+def bert_config(shapes: Shapes) -> BertConfig:
+    """From the keys of the first latent diffusion model's text encoder, which has 8 heads."""
+    vocab_size, hidden = shapes["token_emb.weight"]
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=shapes["attn_layers.layers.1.1.net.0.0.weight"][0],
+        num_hidden_layers=_count(shapes, r"attn_layers\.layers\.(\d+)\.") // 2,
+        head_dim=shapes["attn_layers.layers.0.1.to_q.weight"][0] // 8,
+        max_position_embeddings=shapes["pos_emb.emb.weight"][0],
     )
 
 

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from ..errors import InputError
+from ..model.bert import BertTextModel
 from ..model.clip import CLIPTextModel
 from ..model.config import ScheduleConfig
 from ..model.diffusion import Schedule
@@ -27,6 +28,7 @@ from .keymap import (
     UNET_LAYERS,
     VAE_LAYERS,
     Origin,
+    bert_blocks,
     ema_key,
     find_origins,
     openai_text_blocks,
@@ -66,8 +68,6 @@ def plan_single_file(path: Path, ema: bool, vae: PartPlan | None = None) -> Chec
     is_sdxl = any(key.startswith(SDXL_PREFIX_2) for key in file.shapes)
     if f"{UNET_PREFIX}label_emb.0.0.weight" in file.shapes and not is_sdxl:
         raise InputError(f"{path}: {REFINER}")
-    if "cond_stage_model.transformer.token_emb.weight" in file.shapes:
-        raise InputError(f"{path}: has the BERT text encoder of the first latent diffusion model, not CLIP")
     text_prefix = _refuse_unless_whole(file, with_vae=vae is None)
     with naming(path, MODEL), torch.device("meta"):
         unet = UNet(shapes_to_config.unet_config(strip_prefix(UNET_PREFIX, file.shapes)))
@@ -140,6 +140,9 @@ def _refuse_unless_whole(file: WeightFile, with_vae: bool) -> str:
 
 def _plan_text(file: WeightFile, prefix: str, is_sd2: bool) -> PartPlan:
     """The text encoder. Stable Diffusion 2 leaves out the last block of OpenCLIP, which files may have."""
+    if f"{prefix}token_emb.weight" in file.shapes:
+        bert = BertTextModel(shapes_to_config.bert_config(strip_prefix(prefix, file.shapes)))
+        return PartPlan(bert, find_origins(bert.state_dict(), bert_blocks(bert.config), {}, prefix), [file])
     if prefix in OPENCLIP_PREFIXES:
         config = shapes_to_config.openclip_text_config(strip_prefix(prefix, file.shapes))
         blocks, layers, stack = openclip_blocks(config), OPENCLIP_LAYERS, "transformer.resblocks"

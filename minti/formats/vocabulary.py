@@ -1,4 +1,4 @@
-"""Reading the files of a CLIP tokenizer."""
+"""Reading the files of a tokenizer, CLIP's or BERT's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..model.tokenizer import END, START, Tokenizer, byte_symbols
+from ..model.wordpiece import WordPieceTokenizer
 from .json_checks import JSON_LIMIT, read_json
 from .reading import check_regular, naming, read_bytes
 
@@ -15,10 +16,11 @@ MAX_IDS = 2**20  # no public vocabulary comes near it
 
 
 def read_tokenizer(path: str | Path, pad: str | None = None) -> Tokenizer:
-    """Read a tokenizer folder, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
+    """Read a tokenizer folder, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or BERT's `vocab.txt`.
 
-    A folder holds `vocab.json` and `merges.txt`, or `tokenizer.json`. The padding token comes from
-    `special_tokens_map.json` or `tokenizer_config.json` unless `pad` names it. Words that were added to the
+    A folder holds `vocab.json` and `merges.txt`, or BERT's `vocab.txt`, or `tokenizer.json` of either. The
+    padding token of a CLIP comes from `special_tokens_map.json` or `tokenizer_config.json` unless `pad` names
+    it. Words that were added to the
     vocabulary later come from `added_tokens.json` or `tokenizer.json`; `w`, `w_1`, `w_2`, ... are the vectors
     of one word w, as diffusers saves them.
 
@@ -26,6 +28,12 @@ def read_tokenizer(path: str | Path, pad: str | None = None) -> Tokenizer:
         InputError: naming the file that is missing, damaged or of another kind of tokenizer.
     """
     path = Path(path)
+    if path.name == "vocab.txt" or ((path / "vocab.txt").is_file() and not (path / "vocab.json").is_file()):
+        source = path if path.name == "vocab.txt" else path / "vocab.txt"
+        with naming(source, "the vocabulary of BERT"):
+            lines = read_bytes(source, JSON_LIMIT).decode("utf-8").split("\n")
+            vocab = {line.rstrip("\r"): i for i, line in enumerate(lines) if line}
+        return WordPieceTokenizer(vocab, source=str(source))
     if not path.is_dir():
         with naming(check_regular(path), "OpenAI's bpe_simple_vocab_16e6.txt.gz"):
             return Tokenizer(*_read_openai_vocabulary(path), pad=pad or END, source=str(path))
@@ -38,6 +46,9 @@ def read_tokenizer(path: str | Path, pad: str | None = None) -> Tokenizer:
             merges: Any = [line for line in lines if line.strip() and not line.startswith("#version")]
     elif source.is_file():
         model = read_json(source).get("model")
+        if isinstance(model, dict) and model.get("type") == "WordPiece":
+            with naming(source, "the vocabulary of BERT"):
+                return WordPieceTokenizer(_check_ids(model.get("vocab")), source=str(source))
         if not isinstance(model, dict) or "merges" not in model:
             raise InputError(f"{source}: holds no byte-pair vocabulary; give the tokenizer of a CLIP")
         vocab, merges = model.get("vocab"), model["merges"]
@@ -61,10 +72,15 @@ def read_tokenizer(path: str | Path, pad: str | None = None) -> Tokenizer:
     return tokenizer
 
 
-def _check_vocabulary(vocab: Any, merges: Any) -> list[tuple[str, str]]:
-    """The merges as pairs; ValueError unless every text can be spelled with ids of the vocabulary."""
+def _check_ids(vocab: Any) -> dict[str, int]:
     if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < MAX_IDS for i in vocab.values()):
         raise ValueError(f"not every symbol of it has an id from 0 to {MAX_IDS - 1}")
+    return vocab
+
+
+def _check_vocabulary(vocab: Any, merges: Any) -> list[tuple[str, str]]:
+    """The merges as pairs; ValueError unless every text can be spelled with ids of the vocabulary."""
+    _check_ids(vocab)
     pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
     if not all(len(pair) == 2 and all(isinstance(half, str) for half in pair) for pair in pairs):
         raise ValueError("a merge is not a pair of symbols")
