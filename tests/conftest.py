@@ -1,5 +1,18 @@
-"""The models of the tests are so small that a second thread costs more than it brings."""
+"""What all tests share. Their models are so small that a second thread costs more than it brings."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands inherit it
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the family "small", which makes and judges pictures of 16 pixels. Not to be changed."""
+    from .oracles import add_image_encoder, save_folder
+
+    folder = save_folder(tmp_path_factory.mktemp("small") / "model", "small")
+    add_image_encoder(folder)
+    return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,24 +19,27 @@ import yaml
 from PIL import Image
 
 import minti
+import minti.evaluate
+import minti.study.__main__
 from minti import Concept, InputError
+from minti.formats.vocabulary import read_tokenizer
 from minti.judge.prompts import decode_text
 from minti.judge.scorer import Scorer
-from minti.sample import Picture, main, plan_pictures, write_grids
+from minti.sample import Picture, main, notices, plan_pictures, write_grids
 
-from .oracles import add_image_encoder, save_clip, save_folder
+from .oracles import save_clip
 
 ROOT = Path(minti.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folder(tmp_path_factory.mktemp("sample") / "sd1")
+def folder(small_checkpoint: Path) -> Path:
+    return small_checkpoint
 
 
 @pytest.fixture
 def word(tmp_path: Path) -> Path:
-    vectors = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     Concept("<toy>", vectors).save(tmp_path / "word.safetensors")
     return tmp_path / "word.safetensors"
 
@@ -58,7 +62,7 @@ def test_pictures_grid_and_config(folder: Path, tmp_path: Path) -> None:
     images = sd.sample(["A photo of the Cat!", "dog"], steps=2, seed=5, num_images=2)
     for name, image in zip(pictures, images, strict=True):
         assert np.array_equal(np.asarray(Image.open(out / name)), np.asarray(image))
-        assert image.size == (64, 64)
+        assert image.size == (16, 16)
     grid = np.asarray(Image.open(out / "grid.png"))
     rows = [np.concatenate([np.asarray(i) for i in images[r : r + 2]], axis=1) for r in (0, 2)]
     assert np.array_equal(grid, np.concatenate(rows))
@@ -78,7 +82,7 @@ def test_the_pictures_do_not_depend_on_the_batch(folder: Path, tmp_path: Path) -
 
 def test_png_metadata(folder: Path, word: Path, tmp_path: Path) -> None:
     argv = ["--prompt", "a <toy> — 猫 & “dog”", "--negative-prompt", "blurry", "--concept", str(word)]
-    argv += ["--num-images", "1", "--seed", "7", "--guidance-scale", "3", "--eta", "0.5", "--size", "64x32"]
+    argv += ["--num-images", "1", "--seed", "7", "--guidance-scale", "3", "--eta", "0.5", "--size", "32x16"]
     out = sample(folder, tmp_path / "out", *argv)
     (path,) = [p for p in out.glob("*.png") if p.name != "grid.png"]
     assert path.name == "a-toy-猫-dog-7.png"
@@ -87,7 +91,7 @@ def test_png_metadata(folder: Path, word: Path, tmp_path: Path) -> None:
     assert text["seed"] == "7"
     assert text["software"] == f"minti {minti.__version__}"
     settings = json.loads(text["settings"])
-    expected = {"steps": 2, "guidance_scale": 3.0, "eta": 0.5, "width": 64, "height": 32}
+    expected = {"steps": 2, "guidance_scale": 3.0, "eta": 0.5, "width": 32, "height": 16}
     assert expected | {"negative_prompt": "blurry", "checkpoint": str(folder)} == {
         key: settings[key] for key in (*expected, "negative_prompt", "checkpoint")
     }
@@ -111,12 +115,12 @@ def test_a_picture_can_be_made_again_from_its_metadata(folder: Path, tmp_path: P
 
 def test_config_yaml_makes_the_same_bytes(folder: Path, word: Path, tmp_path: Path) -> None:
     argv = ["--prompt", "a <toy>: yes, 'no' # \"cat\"", "--prompt", "-- on", "--concept", f"<pet>={word}"]
-    argv += ["--concept", str(word), "--num-images", "2", "--seed", "3", "--size", "32x64"]
+    argv += ["--concept", str(word), "--num-images", "2", "--seed", "3", "--size", "16x32"]
     argv += ["--negative-prompt", "off", "--guidance-scale", "2.5", "--eta", "0.25"]
     first = sample(folder, tmp_path / "first", *argv)
     config = yaml.safe_load((first / "config.yaml").read_text(encoding="utf-8"))
     assert config["prompt"] == ["a <toy>: yes, 'no' # \"cat\"", "-- on"]
-    assert config["size"] == "32x64"
+    assert config["size"] == "16x32"
     assert (config["sample_steps"], config["seed"], config["eta"]) == (2, 3, 0.25)
     assert config["device"] == "cpu"
 
@@ -293,37 +297,37 @@ def test_numbers_are_bounded(argv: list[str], message: str, folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("prompt", "negative", "scale", "said"),
     [
-        (["--prompt", "a cat"], "no prompt contains the learned word '<toy>', so it has no effect"),
-        (["--prompt", "a <toy>"], None),
-        (["--prompt", "a cat", "--negative-prompt", "<toy>"], None),
-        (["--prompt", "embedding:<toy>"], "'embedding:' is read as text"),
-        (["--prompt", "a (red:1.2) <toy>"], r"'\(red:1\.2\)' is read as text \(for weights"),
-        (["--prompt", "((red)) <toy>"], r"'\(\(red\)\)' is read as text"),
-        (["--prompt", "<toy> [red:dog:0.5]"], r"'\[red:dog:0\.5\]' is read as text"),
-        (["--prompt", "<toy> <lora:x:0.5>"], "'<lora:x:0.5>' is read as text"),
-        (["--prompt", "<<toy>>"], "the brackets around '<toy>' are read as text"),
-        (["--prompt", "<toy> (red), at 5:30 [dog]"], None),
-        (
-            ["--prompt", "<toy>", "--negative-prompt", "red", "--guidance-scale", "1"],
-            "--negative-prompt has no effect with --guidance-scale 1 or less",
-        ),
+        ("a cat", "", 7.5, "no prompt contains the learned word '<toy>', so it has no effect"),
+        ("a <TOY>", "", 7.5, None),
+        ("a cat", "<toy>", 7.5, None),
+        ("embedding:<toy>", "", 7.5, "'embedding:' is read as text (ComfyUI's"),
+        ("a (red:1.2) <toy>", "", 7.5, "'(red:1.2)' is read as text (for weights"),
+        ("((red)) <toy>", "", 7.5, "'((red))' is read as text"),
+        ("<toy> [red:dog:0.5]", "", 7.5, "'[red:dog:0.5]' is read as text"),
+        ("<toy>", "<lora:x:0.5>", 7.5, "'<lora:x:0.5>' is read as text"),
+        ("<<toy>>", "", 7.5, "the brackets around '<toy>' are read as text"),
+        ("<toy> (red), at 5:30 [dog]", "", 7.5, None),
+        ("<toy>", "red", 1, "--negative-prompt has no effect with --guidance-scale 1 or less"),
     ],
 )
 def test_what_has_no_effect_is_said(
-    argv: list[str],
-    said: str | None,
-    folder: Path,
-    word: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    prompt: str, negative: str, scale: float, said: str | None, folder: Path
 ) -> None:
-    sample(folder, tmp_path / "out", "--concept", str(word), "--num-images", "1", *argv)
-    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warned) == (said is not None), warned
-    if said:
-        assert re.search(said, warned[0])
+    tokenizer = read_tokenizer(folder / "tokenizer")
+    tokenizer.add_placeholder("<toy>", [1000, 1001])
+    found = notices([prompt], negative, scale, tokenizer)
+    assert len(found) == (said is not None) and (said or "") in "".join(found)
+
+
+def test_notices_are_warnings(
+    folder: Path, word: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample(folder, tmp_path / "out", "--concept", str(word), "--num-images", "1", "--prompt", "cat")
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
+        "no prompt contains the learned word '<toy>', so it has no effect"
+    ]
 
 
 def test_prompts_that_are_no_text(folder: Path, tmp_path: Path) -> None:
@@ -335,16 +339,14 @@ def test_prompts_that_are_no_text(folder: Path, tmp_path: Path) -> None:
     assert decode_text("猫", "") == "猫"
 
 
-def test_the_number_of_steps_has_one_name(folder: Path, tmp_path: Path) -> None:
+def test_the_number_of_steps_has_one_name(tmp_path: Path) -> None:
     """`--sample-steps` in all commands; `--steps`, also in files, is another name of it."""
     (tmp_path / "c.yaml").write_text("steps: 3\n")
-    for i, argv in enumerate(
-        (["--sample-steps", "3"], ["--config", str(tmp_path / "c.yaml")], ["--set", "steps=3"])
-    ):
-        out = tmp_path / str(i)
-        argv = ["--checkpoint", str(folder), "--prompt", "cat", "--num-images", "1", "--out", str(out), *argv]
-        main([*argv, "--device", "cpu"])
-        assert json.loads(Image.open(out / "cat-0.png").text["settings"])["steps"] == 3
+    ways = [["--sample-steps", "3"], ["--steps", "3"], ["--set", "steps=3"]]
+    for module in (minti.sample, minti.evaluate):
+        for argv in (*ways, ["--config", str(tmp_path / "c.yaml")]):
+            assert module.options().parse(argv, required=[]).sample_steps == 3
+    assert minti.study.__main__.options().parse(ways[0], required=[]).sample_steps == 3
 
 
 def test_a_size_that_was_not_trained_is_mentioned(
@@ -353,8 +355,8 @@ def test_a_size_that_was_not_trained_is_mentioned(
     with caplog.at_level(logging.INFO):
         sample(folder, tmp_path / "a", "--prompt", "cat", "--num-images", "1")
         assert "trained on" not in caplog.text
-        sample(folder, tmp_path / "b", "--prompt", "cat", "--num-images", "1", "--size", "96x64")
-    assert "96x64 pixels: the model was trained on 64x64, expect repetitions" in caplog.text
+        sample(folder, tmp_path / "b", "--prompt", "cat", "--num-images", "1", "--size", "24x16")
+    assert "24x16 pixels: the model was trained on 16x16, expect repetitions" in caplog.text
 
 
 def test_a_prompt_of_500_words_is_cut_with_a_warning_that_quotes_it(
@@ -451,16 +453,16 @@ def test_the_candidate_closest_to_the_prompt_is_kept(
             kept, of = re.fullmatch(r"(\S+), best of (\d)", found.text["clip"]).groups()
             assert float(kept) == pytest.approx(cosine, abs=2e-3)
             assert of == "3"
-    assert Image.open(out / "grid.png").size == (2 * 64, 2 * 64)
+    assert Image.open(out / "grid.png").size == (2 * 16, 2 * 16)
 
 
-def test_the_checkpoint_judges_by_itself(tmp_path: Path) -> None:
-    own = save_folder(tmp_path / "model", "small")
+def test_the_checkpoint_judges_by_itself(folder: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "model"))
+    shutil.rmtree(own / "image_encoder")
     with pytest.raises(InputError, match=r"--clip must be given, since .*/model has no image encoder"):
         rank(own, tmp_path / "out", None, "--prompt", "red cat")
     assert not (tmp_path / "out").exists()
-    add_image_encoder(own)
-    out = rank(own, tmp_path / "out", None, "--prompt", "red cat")
+    out = rank(folder, tmp_path / "out", None, "--prompt", "red cat")
     assert len(list(out.glob("red-cat-*.png"))) == 2
 
 

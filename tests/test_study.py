@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,11 +36,11 @@ from minti.study.summary import Outcome, claim_numbers, disagreements, judge_cla
 from minti.study.variants import KEYS, expand, group_words, make_variant
 from tools.make_tiny import captions, concepts, probe
 
-from .oracles import add_image_encoder, save_folder
-
 ROOT = Path(minti.__file__).parents[1]
 FACTS = {"color": ["red", "green"], "background": ["grass", "snow"]}
 PHRASES = {"on the grass": {"background": "grass"}, "red {}": {"color": "red"}}
+TOY = {"init_word": "toy", "set": "final"}
+SEEDS = list(range(1000))
 CLAIM = {"says": "One is better.", "first": "1 vector", "second": "caption", "score": "clip_i"}
 
 
@@ -244,6 +245,37 @@ def test_described_concepts_are_those_of_the_world(described: str) -> None:
         ({"claims": [CLAIM | {"expect": "above", "first": "x"}]}, "claims: no setup is called 'x'"),
         ({"claims": [CLAIM | {"expect": "above", "first": 1}]}, "should be names of setups"),
         ({"captions": {"1 vector": "short"}}, "two of them are called '1 vector'"),
+        ({"concepts": {"../../evil": TOY}}, "name '../../evil' should consist of letters"),
+        ({"concepts": {"/absolute": TOY}}, "name '/absolute' should consist of letters"),
+        ({"concepts": {"a/../../../evil": TOY}}, "name 'a/../../../evil' should consist"),
+        ({"concepts": {"..": TOY}}, "name '..' should consist"),
+        ({"concepts": {1: TOY}}, "concepts: 1 should be text; put it between quotes"),
+        ({"concepts": ["toy"]}, "concepts: should have entries like"),
+        ({"concepts": {"toy": TOY | {"init_word": ["a"]}}}, "init_word of toy: ['a'] should be text"),
+        ({"concepts": {"toy": TOY | {"kind": 3}}}, "kind of toy: 3 should be text"),
+        ({"concepts": {"toy": TOY | {"images": 3}}}, "images of toy: 3 should be text"),
+        ({"concepts": {"toy": TOY | {"prompts": ["a {}"]}}}, "prompts of toy: ['a {}'] should be text"),
+        ({"concepts": {"toy": TOY | {"captions": {"short": "red"}}}}, "'red' should be a list of texts"),
+        (
+            {"concepts": {"toy": TOY | {"captions": {"short": [1]}}}},
+            "captions of toy: 1 should be text",
+        ),
+        ({"concepts": {"toy": TOY | {"facts": {"color": 1}}}}, "color of toy: 1 should be text"),
+        ({"title": ["a"]}, "title: ['a'] should be text"),
+        ({"about": 3}, "about: 3 should be text"),
+        ({"kinds": "object"}, "kinds: 'object' should be a list of texts"),
+        ({"prompts": [3]}, "prompts: 3 should be text"),
+        ({"captions": {"caption": 3}}, "captions: caption: 3 should be text"),
+        ({"setups": {1: {}}}, "setups: 1 should be text"),
+        ({"base": [1]}, "base: should have entries"),
+        ({"claims": {"says": 1}}, "claims: should be a list"),
+        ({"claims": [CLAIM | {"expect": "above", "says": 1}]}, "claims: says: 1 should be text"),
+        ({"claims": [CLAIM | {"expect": "above", "score": ["clip_i"]}]}, "of one of clip_i"),
+        ({"claims": [CLAIM | {"expect": "above", "second": []}]}, "should be names of setups"),
+        ({"setups": {"a": {"seed": SEEDS, "lr": SEEDS}}}, "'a' brings them to 1,000,000; 1,000 is the limit"),
+        ({"setups": {"a": {}, "b": {"lr": SEEDS}}}, "'b' brings them to 1,001; 1,000 is the limit"),
+        ({"repeats": 1000, "num_images": 1}, "words to learn and compare; 10,000 is the limit"),
+        ({"num_images": 1_000_000_000}, "at most 10000"),
         ({"colour": "red"}, "unknown option 'colour'"),
         ({"num_images": "many"}, "num-images"),
     ],
@@ -303,11 +335,10 @@ def small_probe() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, small_probe: None) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, small_probe: None, small_checkpoint: Path) -> Path:
     """A checkpoint with CLIP and probe, and photos of two concepts."""
     base = tmp_path_factory.mktemp("study")
-    save_folder(base / "model", "small")
-    add_image_encoder(base / "model")
+    shutil.copytree(small_checkpoint, base / "model")
     (base / "model" / "probe").mkdir()
     torch.manual_seed(0)
     save_file(Probe(FACTS).half().state_dict(), base / "model" / "probe" / "model.safetensors")
@@ -468,6 +499,7 @@ def test_an_interrupted_study_goes_on(
     assert result(tmp_path / "out")["outcomes"] == result(done)["outcomes"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(base: Path, done: Path, tmp_path: Path) -> None:
     """Both learn and make pictures, and what comes out is what one process finds."""
     recipe = write_recipe(base, base)
@@ -559,15 +591,11 @@ def test_quick_is_less(base: Path, tmp_path: Path) -> None:
 
 
 def test_command_line(base: Path, tmp_path: Path) -> None:
-    """One line and exit code 2; and training does not even import the study."""
+    """One line and exit code 2."""
     recipe = write_recipe(base, tmp_path, setups={"a": {"photo": 9}}, claims=[])
-    code = "import sys, minti.train, minti.sample; print([m for m in sys.modules if 'study' in m]); "
-    code += "from minti.cli.command import run_command; from minti.study.__main__ import main; "
-    code += f"sys.argv = ['study', {recipe!r}]; run_command('minti.study', main)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env()
-    )
-    assert done.stdout == "[]\n" and done.returncode == 2
+    command = [sys.executable, "-m", "minti.study", recipe]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env())
+    assert done.stdout == "" and done.returncode == 2
     assert re.fullmatch(
         r"minti\.study: error: setups: 'a': unknown setting 'photo'; there are .*\n", done.stderr
     )
