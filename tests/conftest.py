@@ -16,3 +16,13 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_folder(tmp_path_factory.mktemp("small") / "model", "small")
     add_image_encoder(folder)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say aloud how much was not tested for want of the public test data."""
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    if count := sum("needs the public test data" in reason for reason in skipped):
+        terminalreporter.write_line(
+            f"NOT TESTED: {count} tests need public configs, key lists or photos that are not here",
+            yellow=True,
+        )
