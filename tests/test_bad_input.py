@@ -216,7 +216,7 @@ def test_files_of_a_folder_that_are_no_weights(part: str, refused: Callable, fol
     (path,) = (folder / part).glob("*.safetensors")
     content = path.read_bytes()
     path.write_bytes(content[:-100])
-    refused(folder, path, "truncated or damaged safetensors", "download it again")
+    refused(folder, path, "truncated or damaged", "safetensors", "download it again")
     path.write_bytes(content[:8] + b"}" + content[9:])
     refused(folder, path)
     path.write_bytes(b"")
@@ -233,13 +233,8 @@ def test_files_of_a_folder_that_are_no_weights(part: str, refused: Callable, fol
 
 def test_a_missing_shard(refused: Callable, folder: Path) -> None:
     path = folder / UNET_FILE
-    index = {"weight_map": {key: "shard-1.safetensors" for key in load_file(path)}}
-    path.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
-    path.unlink()
-    refused(folder, folder / "unet" / "shard-1.safetensors")
-    for content in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": {"a": 3}}'):
-        path.with_suffix(".safetensors.index.json").write_text(content)
-        refused(folder, folder / "unet")
+    path.rename(path.with_name(f"{path.stem}-00001-of-00002.safetensors"))
+    refused(folder, folder / "unet", "1 of the 2 pieces")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

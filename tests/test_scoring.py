@@ -500,7 +500,7 @@ def positions(folder: Path) -> None:
         (no_config, r"has neither an image_encoder nor CLIP's config\.json"),
         (not_a_clip, r"config\.json: describes no CLIPModel"),
         (no_tokenizer, r"comes without a tokenizer.*--clip-tokenizer PATH"),
-        (truncated, r"model\.safetensors: is not a whole safetensors file, or is damaged"),
+        (truncated, r"model\.safetensors: truncated or damaged"),
         (other_width, r"text_projection\.weight has shape \(24, 64\), the config asks for \(25, 64\)"),
         (positions, "32 positions, prompts are 77 tokens long"),
     ],

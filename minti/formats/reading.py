@@ -60,4 +60,6 @@ def naming(path: Path | str, what: str) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise InputError(f"{path}: is not {what}, or is damaged ({reason}); download it again") from None
+        raise InputError(
+            f"{path}: truncated or damaged, or not {what} ({reason}); download it again"
+        ) from None
