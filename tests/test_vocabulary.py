@@ -48,10 +48,8 @@ def test_words_of_a_saved_pipeline(slow: bool, saved: tuple, tmp_path: Path) -> 
     path = Path(shutil.copytree(path / "tokenizer", tmp_path / "tokenizer"))
     assert (path / "tokenizer.json").exists()
     if slow:
-        added = {
-            entry["content"]: entry["id"]
-            for entry in json.loads((path / "tokenizer.json").read_text())["added_tokens"]
-        }
+        entries = json.loads((path / "tokenizer.json").read_text())["added_tokens"]
+        added = {entry["content"]: entry["id"] for entry in entries}
         (path / "tokenizer.json").unlink()
         write_tokenizer(path)
         (path / "added_tokens.json").write_text(json.dumps({word: added[word] for word in WORDS}))
