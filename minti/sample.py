@@ -45,7 +45,8 @@ def options() -> Options:
     count = number(int, 1, 100_000)
     group = "what to make"
     opts.add(group, "--prompt", [], metavar="TEXT", help="what to show; give it again for more prompts")
-    opts.add(group, "--negative-prompt", "", metavar="TEXT", help="what to steer away from")
+    text = "what to steer away from; to SDXL an empty text is not the same as none"
+    opts.add(group, "--negative-prompt", metavar="TEXT", help=text)
     text = "a learned word, renamed to WORD if given; repeatable"
     opts.add(group, "--concept", [], metavar="[WORD=]FILE", help=text)
     opts.add(group, "--num-images", 4, type=count, metavar="N", help="pictures for each prompt")
@@ -59,12 +60,38 @@ def options() -> Options:
     opts.add(group, "--guidance-scale", 7.5, type=number(float, 0), help="how closely to follow the prompt")
     opts.add(group, "--eta", 0.0, type=number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
     opts.add(group, "--batch-size", 4, type=number(int, 1, 10_000), help="pictures at a time")
+    group = "what SDXL is told beside the prompt"
+    text = "of a photo that pictures should look like; by default --size"
+    opts.add(group, "--original-size", type=size, metavar="PX|WxH", help=text)
+    opts.add(group, "--crop-from", type=corner, metavar="LEFT,TOP", help="where such a photo was cropped")
+    opts.add(group, "--target-size", type=size, metavar="PX|WxH", help="to which; by default --size")
     group = "choosing"
     text = "make K candidates for every picture, and keep the one that CLIP finds closest to the prompt"
     opts.add(group, "--rank-by-clip", 1, type=number(int, 1, 1000), metavar="K", help=text)
     opts.add_judge(group)
     opts.add_model()
     return opts
+
+
+def corner(text: str) -> tuple[int, int]:
+    """A type of option: `0,256`, pixels from the left and from the top."""
+    left, top = (int(part) for part in text.split(","))
+    if min(left, top) < 0:
+        raise ValueError
+    return left, top
+
+
+def size_condition(args: argparse.Namespace, sd: StableDiffusion) -> tuple[int, ...] | None:
+    """The six numbers that SDXL is told, as the options say. Raises InputError for another model."""
+    given = (args.original_size, args.crop_from, args.target_size)
+    if given == (None, None, None):
+        return None
+    if sd.unet.add_embedding is None:
+        raise InputError("--original-size, --crop-from and --target-size are for SDXL only; leave them out")
+    sides = [(side, side) if isinstance(side, int) else side for side in given]
+    size = sd.check_size(args.size)
+    original, (left, top), target = sides[0] or size, sides[1] or (0, 0), sides[2] or size
+    return (*original[::-1], top, left, *target[::-1])
 
 
 @dataclass(frozen=True)
@@ -139,13 +166,13 @@ def load_concepts(arguments: Sequence[str]) -> dict[str, tuple[str, Concept]]:
 
 
 def notices(
-    prompts: Sequence[str], negative_prompt: str, guidance_scale: float, tokenizer: Tokenizer
+    prompts: Sequence[str], negative_prompt: str | None, guidance_scale: float, tokenizer: Tokenizer
 ) -> list[str]:
     """What the user may not expect: text without effect, and commands of other programs read as text."""
     found = []
     if negative_prompt and guidance_scale <= 1:
         found.append("--negative-prompt has no effect with --guidance-scale 1 or less")
-    texts = [*prompts, negative_prompt]
+    texts = [*prompts, negative_prompt or ""]
     used = {i for text in texts for i in tokenizer.encode(text)}
     for word, ids in tokenizer.placeholders.items():
         if not used.intersection(ids):
@@ -169,7 +196,7 @@ def load(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]
         text = "%dx%d pixels: the model was trained on %dx%d, expect repetitions"
         log.info(text, width, height, *sd.image_size)
     sd.schedule.timesteps(args.sample_steps)
-    sd.tokenizer([*args.prompt, args.negative_prompt])
+    sd.tokenizer([*args.prompt, args.negative_prompt or ""])
     for notice in notices(args.prompt, args.negative_prompt, args.guidance_scale, sd.tokenizer):
         log.warning("%s", notice)
     if args.compile:
@@ -182,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     opts = options()
     args = opts.parse(argv, required=["checkpoint", "prompt", "out"])
     args.prompt = [decode_text(prompt, "--prompt") for prompt in args.prompt]
-    args.negative_prompt = decode_text(args.negative_prompt, "--negative-prompt")
+    if args.negative_prompt is not None:
+        args.negative_prompt = decode_text(args.negative_prompt, "--negative-prompt")
     if len(args.prompt) * args.num_images * args.rank_by_clip > MOST_PICTURES:
         raise InputError(f"more than {MOST_PICTURES:,} pictures; lower --num-images or --rank-by-clip")
     planned = plan_pictures(args.prompt, args.seed, args.num_images, args.rank_by_clip)
@@ -206,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             clip = choose_clip(args.clip, args.checkpoint)
             scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
         how = {"steps": args.sample_steps, "guidance_scale": args.guidance_scale, "eta": args.eta}
-        how |= {"negative_prompt": args.negative_prompt or None}
+        how |= {"negative_prompt": args.negative_prompt}
+        if conditions := size_condition(args, sd):
+            how["size_condition"] = conditions
         size = dict(zip(("width", "height"), sd.check_size(args.size), strict=True))
         settings = {**how, **size, "checkpoint": args.checkpoint, "dtype": args.dtype}
         learned = {word: concept.digest for word, concept in concepts.items()}

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import minti
-from minti import Concept, InputError
+from minti import Concept, InputError, sample, train
 from minti.formats.checkpoint import make_plan
 from minti.inversion.batches import Settings, Word, sample_batch
 from minti.inversion.inversion import Inversion
@@ -312,3 +312,52 @@ def test_a_word_of_another_model_is_refused(width: int, kind: str, root: Path) -
         InputError, match=rf"was learned on a {kind}.*a 96-wide encoder; use the model it was"
     ):
         sd.add_concept(Concept("<toy>", torch.zeros(1, width)))
+
+
+# The commands ---
+
+
+def test_the_commands(root: Path, tmp_path: Path) -> None:
+    """A word learned, written as {clip_l, clip_g}, and used with sizes; SD 1 is told none."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, photo in enumerate(Photos((80, 64), (64, 64))):
+        photo.open().save(photos / f"{i}.png")
+    model = ["--checkpoint", str(root / "epsilon"), "--device", "cpu"]
+    learning = ["--images", str(photos), "--placeholder", "<toy>", "--init-word", "toy", "--size", "64"]
+    learning += ["--steps", "2", "--batch-size", "1", "--sample-every", "2", "--sample-steps", "1"]
+    train.main([*model, *learning, "--eval-size", "1", "--keep", "best", "--out", str(tmp_path / "run")])
+    path = tmp_path / "run" / "learned_embeds.safetensors"
+    assert {key: tuple(rows.shape) for key, rows in load_file(path).items()} == {
+        "clip_l": (1, 64),
+        "clip_g": (1, 32),
+    }
+    assert Concept.load(path).placeholder == "<toy>"
+    sampling = [
+        "--concept",
+        str(path),
+        "--prompt",
+        "a <toy>",
+        "--num-images",
+        "1",
+        "--steps",
+        "1",
+        "--size",
+        "64",
+    ]
+    sizes = ["--original-size", "200x300", "--crop-from", "10,20", "--target-size", "100"]
+    pictures = []
+    for name, extra in (("plain", []), ("sized", sizes), ("empty", ["--negative-prompt", ""])):
+        sample.main([*model, *sampling, *extra, "--out", str(tmp_path / name)])
+        pictures.append((tmp_path / name / "a-toy-0.png").read_bytes())
+    sd = minti.load(root / "epsilon", device="cpu")
+    sd.add_concept(Concept.load(path))
+    latents = next(
+        sd.denoise(["a <toy>"], [0], steps=1, size=64, size_condition=(300, 200, 20, 10, 100, 100))
+    )
+    with Image.open(tmp_path / "sized" / "a-toy-0.png") as image:
+        assert_same_picture(image, sd.decode_latents(latents)[0])
+    assert len(set(pictures)) == 3
+    folder = oracles.save_folder(tmp_path / "sd1")
+    with pytest.raises(InputError, match="are for SDXL only"):
+        sample.main(["--checkpoint", str(folder), "--prompt", "a", "--out", str(tmp_path / "x"), *sizes])

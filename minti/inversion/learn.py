@@ -66,4 +66,4 @@ def learn_word(sd: StableDiffusion, word: Word, settings: Settings) -> Concept:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return Concept(word.placeholder, rows.requires_grad_(False).cpu().clone())
+    return Concept(word.placeholder, rows.requires_grad_(False).cpu().clone(), widths=sd.widths)
