@@ -25,6 +25,7 @@ from minti.inversion import inversion as inversion_module
 from minti.inversion.batches import Batch, Settings, Word, photo_word, sample_batch
 from minti.inversion.divergence import Diverged
 from minti.inversion.inversion import Inversion
+from minti.inversion.learn import diffusion_loss, learn_word
 from minti.inversion.start import initial_rows
 from minti.inversion.templates import OBJECT
 from minti.inversion.views import Latents, encode_views, make_views
@@ -545,7 +546,7 @@ def test_the_masked_part_of_a_photo_does_not_count(load: Callable) -> None:
     results = []
     for change in (0.0, 50.0):
         sd = load()
-        sd.unet.forward = lambda x, t, context: x * context.mean(dim=(1, 2))[:, None, None, None]
+        sd.unet.forward = lambda x, t, context, added: x * context.mean(dim=(1, 2))[:, None, None, None]
         masked = replace(latents(), weight=weight)
         masked.mean[:, :, 5:] += change
         word = a_word(sd, latents=masked)
@@ -971,3 +972,124 @@ def test_seeds_give_different_words_from_the_same_photos(load: Callable, photos:
     ]
     assert torch.equal(words[0], words[2])
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(words))
+
+
+def test_init_words_that_the_vocabulary_lacks(load: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    """Pieces mean little: they are left out where whole words remain, unless there is a vector for each."""
+    sd = load()
+    with caplog.at_level("WARNING"):
+        assert torch.equal(initial_rows(sd, "word", "wug toy"), initial_rows(sd, "word", "toy"))
+    assert (
+        "init word 'wug toy': the vocabulary has no 'wug', only 'w', 'u', 'g'; it is left out" in caplog.text
+    )
+    caplog.clear()
+    ids = sd.tokenizer.encode("wug toy")
+    assert len(ids) == 4
+    exact = initial_rows(sd, "word", "wug toy", 4)
+    assert torch.equal(exact, sd.vocabulary[ids])
+    assert not caplog.text
+    assert torch.equal(initial_rows(sd, "word", "wug"), sd.vocabulary[ids[:3]].mean(0, keepdim=True))
+    assert "their mean is taken; better choose" in caplog.text
+
+
+def test_a_learned_word_as_init_word(load: Callable) -> None:
+    sd, vectors = load(), torch.arange(64.0).view(2, 32)
+    sd.add_concept(Concept("<old>", vectors))
+    assert torch.equal(initial_rows(sd, "word", "<old>", 2), vectors)
+    assert torch.equal(initial_rows(sd, "word", "<OLD>"), vectors.mean(0, keepdim=True))
+    sd.add_concept(Concept("<output>", initial_rows(sd, "output", "<old> toy", 3)))
+
+
+def test_placeholders_in_the_prompts(load: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    sd = load()
+    with pytest.raises(
+        InputError, match=r"placeholder 'photo of' occurs in the prompt .* such as <photo of>"
+    ):
+        Inversion(sd, [a_word(sd, placeholder="photo of")], Settings())
+    assert not sd.tokenizer.placeholders
+    words = [
+        a_word(sd, placeholder="<a>"),
+        a_word(sd, placeholder="<b>", captions=("{} beside <A>", None, None)),
+    ]
+    with caplog.at_level("WARNING"):
+        Inversion(sd, words, Settings())
+    assert caplog.messages == ["'<b>' and '<a>' influence each other: '{} beside <A>' names both"]
+
+
+def test_learn_from_files_and_pictures(load: Callable, photos: Path) -> None:
+    options = {"placeholder": "<toy>", "init_word": "toy", "steps": 2, "batch_size": 2}
+    files = [str(photos / "0.png"), photos / "2.png"]
+    from_files = minti.learn(load(), files, **options)
+    from_pictures = minti.learn(load(), [Image.open(path) for path in files], **options)
+    assert torch.equal(from_files.vectors, from_pictures.vectors)
+    with pytest.raises(InputError, match="images is empty"):
+        minti.learn(load(), [], **options)
+    with pytest.raises(InputError, match="ndarray is neither a path nor a picture"):
+        minti.learn(load(), [np.zeros((4, 4, 3))], **options)
+
+
+def test_learn_a_word_again(load: Callable, photos: Path) -> None:
+    sd, options = load(), {"init_word": "toy", "steps": 2, "batch_size": 2}
+    first = minti.learn(sd, photos, "<toy>", **options)
+    second = minti.learn(sd, photos, "<toy>", replace=True, **options | {"seed": 1})
+    assert not torch.equal(first.vectors, second.vectors)
+    ids = sd.tokenizer.placeholders["<toy>"]
+    assert torch.equal(sd.look_up(torch.tensor([ids]))[0], second.vectors)
+    assert not any(p.requires_grad for p in sd.text_encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 2.5}, "steps = 2.5: should be an integer of at least 1"),
+        ({"num_vectors": 0}, "num_vectors = 0"),
+        ({"lr": float("nan")}, "lr = nan"),
+        ({"seed": -1}, "seed = -1"),
+        ({"caption_dropout": 2}, "caption_dropout = 2: should be a number from 0 to 1"),
+        ({"placeholder": None}, "None: a prompt or a word should be text"),
+        ({"init_word": 3}, "3: a prompt or a word should be text"),
+    ],
+)
+def test_learn_with_odd_numbers(changes: dict, message: str, load: Callable, photos: Path) -> None:
+    arguments = {"images": photos, "placeholder": "<toy>", "init_word": "toy", "steps": 1} | changes
+    with pytest.raises(InputError, match=message):
+        minti.learn(load(), **arguments)
+
+
+def test_the_plain_loop_learns_the_same(load: Callable) -> None:
+    """`learn_word` is the method as `Inversion` takes it, to the last bit for one word and one process."""
+    settings = Settings(steps=4, batch_size=3, caption_dropout=0.3, betas=(0.8, 0.95), weight_decay=0.1)
+    sd = load()
+    expected = run(sd, [a_word(sd, 2, seed=5)], settings, 4).concept(0).vectors
+    sd = load()
+    concept = learn_word(sd, a_word(sd, 2, seed=5), settings)
+    assert torch.equal(concept.vectors, expected)
+    assert concept.placeholder == "<toy>"
+    assert not any(p.requires_grad for p in sd.text_encoder.parameters())
+
+
+def test_masked_latents_do_not_count(load: Callable) -> None:
+    """The loss is the mean over the latents that count: what lies under the mask changes nothing."""
+    sd = load()
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 2, 4, 8, 8, generator=g)
+    t, ids, sizes = torch.tensor([10, 800]), sd.tokenizer(["a toy", "the cat"]), torch.zeros(2, 6)
+    weight = torch.zeros(2, 1, 8, 8)
+    weight[..., :4, :] = torch.rand(2, 1, 4, 8, generator=g)
+    x_t = sd.schedule.q_sample(x0, eps, t)
+    error = (sd.unet(x_t, t, sd.text_encoder(ids).context) - eps) ** 2
+    expected = (weight * error).sum(dim=(1, 2, 3)) / (4 * weight.sum(dim=(1, 2, 3)))
+    loss = diffusion_loss(sd, x0, eps, t, ids, weight, sizes)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert (loss / diffusion_loss(sd, x0, eps, t, ids, torch.ones_like(weight), sizes) - 1).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("key", ["step", "0.0.rows", "0.0.exp_avg", "0.0.exp_avg_sq", "0.0.step"])
+def test_a_state_without_one_of_its_parts(key: str, load: Callable) -> None:
+    sd = load()
+    inversion = run(sd, [a_word(sd)], Settings(), 2)
+    state = inversion.state_dict()
+    missing = {name: value for name, value in state.items() if name != key}
+    for damaged in (missing, state | {key: torch.zeros(3)}, state | {key: state[key].to(torch.float16)}):
+        with pytest.raises(InputError, match=f"the saved state is damaged or of another run: {key}"):
+            inversion.load_state_dict(damaged)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import check_number
+from PIL import Image
+
+from ..errors import InputError, check_number
 from ..formats.concept import Concept
-from ..formats.photos import load_photos
+from ..formats.photos import Photo, load_photos
 from ..model.stable_diffusion import StableDiffusion
 from .batches import Settings, Word
 from .inversion import Inversion
@@ -17,9 +20,27 @@ from .templates import load_templates
 from .views import encode_views, make_views
 
 
+@dataclass(frozen=True)
+class Picture(Photo):
+    """A photo that is in memory already."""
+
+    image: Image.Image | None = None
+
+    def open(self) -> Image.Image:
+        return self.image.convert("RGB")
+
+
+def _as_photo(image: str | Path | Image.Image) -> Photo:
+    if isinstance(image, Image.Image):
+        return Picture(Path("a picture"), image=image)
+    if isinstance(image, str | Path):
+        return Photo(Path(image))
+    raise InputError(f"images: {type(image).__name__} is neither a path nor a picture of PIL")
+
+
 def learn(
     sd: StableDiffusion,
-    images: str | Path,
+    images: str | Path | Sequence[str | Path | Image.Image],
     placeholder: str,
     init_word: str,
     *,
@@ -36,7 +57,7 @@ def learn(
 
     Args:
         sd: a loaded checkpoint; it knows the word afterwards.
-        images: folder with three to five photos.
+        images: folder with three to five photos, or a list of files or pictures.
         placeholder: the new word, such as "<toy>".
         init_word: a coarse description of the concept, such as "toy".
         num_vectors: how many vectors the word stands for.
@@ -59,7 +80,9 @@ def learn(
     check_number("lr", lr, float, 0)
     check_number("seed", seed, int, 0)
     options = Settings(**settings)
-    photos = load_photos(images)
+    photos = load_photos(images) if isinstance(images, str | Path) else [_as_photo(x) for x in images]
+    if not photos:
+        raise InputError("images is empty; three to five photos of one concept are best")
     size = sd.check_size(size)[0]
     word = Word(
         placeholder,

@@ -114,6 +114,14 @@ class Inversion:
                 f"{word.placeholder!r} has {len(word.init)} vectors, progressive steps are for "
                 f"{1 + len(self.settings.progressive)}: one to start with and one more at each"
             )
+        learned = {clean(other.placeholder) for other in self.words}
+        for text in (*word.templates, *filter(None, word.captions)):
+            pieces = {piece for piece, _ in self.sd.tokenizer.pieces(text.replace("{}", " "))}
+            if clean(word.placeholder) in pieces:
+                what = f"placeholder {word.placeholder!r} occurs in the prompt {text!r} itself"
+                raise InputError(f"{what}; choose another, such as <{clean(word.placeholder)}>")
+            for other in learned & pieces:
+                log.warning("%r and %r influence each other: %r names both", word.placeholder, other, text)
         prompts = (*longest_prompts(word, self.settings), *templates)
         self.sd.tokenizer([prompt.replace("{}", word.placeholder) for prompt in prompts])
 
