@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from minti import Concept, InputError, train
+from minti import Concept, InputError, StableDiffusion, report, train
 from minti.cli import work_folder
 from minti.cli.command import run_command
 from minti.formats.atomic import write_atomically
@@ -164,7 +164,7 @@ def test_killed_while_writing(
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted(
     number: signal.Signals, base: Path, server: Server, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -313,6 +313,103 @@ def test_resume_as_another_run(
     assert f"{done / 'config.yaml'}: {message}" in str(error.value)
     assert "leave that as it was, or give another --out" in str(error.value)
     assert snapshot(done) == before
+
+
+def test_what_does_not_touch_the_vectors_may_change(
+    run_to: Callable, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How often it is saved and previewed, where photos and checkpoint are, and for how long it goes on."""
+    expected = run_to("--eval-every", "0", "--keep", "last", steps=6, out=tmp_path / "expected")
+    argv = ["--eval-every", "0", "--keep", "last"]
+    out = run_to(*argv)
+    for name in ("model", "photos"):
+        shutil.copytree(base / name, tmp_path / "moved" / name)
+    moved = ["--checkpoint", f"{tmp_path}/moved/model/", "--images", f"{tmp_path}/moved/photos/"]
+    run_to(*argv, "--resume", "--save-every", "2", "--sample-prompt", "{} there", *moved, steps=6)
+    assert torch.equal(*(Concept.load(folder).vectors for folder in (out, expected)))
+    found, wanted = (load_file(folder / "state.safetensors") for folder in (out, expected))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert yaml.safe_load((out / "config.yaml").read_text())["images"] == f"{tmp_path}/moved/photos/"
+    with pytest.raises(InputError, match="steps was 6, now it is 5"):
+        run_to(*argv, "--resume", steps=5)
+
+
+def test_more_steps_than_a_schedule_was_made_for(run_to: Callable) -> None:
+    run_to("--lr-schedule", "cosine")
+    with pytest.raises(
+        InputError, match="steps was 4, now it is 6, but the learning rate has fallen to zero"
+    ):
+        run_to("--lr-schedule", "cosine", "--resume", steps=6)
+
+
+@pytest.mark.parametrize("reason", ["memory", "file"])
+def test_a_preview_that_fails(
+    reason: str,
+    run_to: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Costs the preview, and one warning; what was learned by then has been saved before."""
+    out = tmp_path / "run"
+
+    def fail(*args: object, **options: object) -> None:
+        assert (out / "embeds" / "step-000002.safetensors").exists()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if reason == "memory":
+        monkeypatch.setattr(StableDiffusion, "sample", fail)
+    else:
+        out.mkdir()
+        run_to()
+        (out / "samples").write_text("")
+    more = ["--sample-every", "1", "--save-every", "1", "--resume"]
+    run_to(*(more if reason == "file" else ["--sample-every", "2", "--save-every", "2"]), steps=6)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "--sample-every 0 leaves them out" in warnings[0]
+    assert Concept.load(out).metadata["step"] == "6"
+
+
+def test_a_report_of_a_run_that_was_killed(done: Path, capsys: pytest.CaptureFixture) -> None:
+    (done / "report.html").unlink()
+    report.main([str(done)])
+    assert "<h1>&lt;toy&gt;</h1>" in (done / "report.html").read_text()
+    assert capsys.readouterr().out.strip() == str(done / "report.html")
+    with pytest.raises(InputError, match="is not the folder of a run"):
+        report.main([str(done.parent)])
+
+
+@pytest.mark.parametrize("damage", ["gone", "shape", "kind", "negative", "best"])
+def test_a_state_that_does_not_fit(damage: str, run_to: Callable, done: Path) -> None:
+    path = done / "state.safetensors"
+    state = load_file(path)
+    if damage == "gone":
+        del state["0.0.exp_avg"]
+    if damage == "shape":
+        state["0.0.exp_avg_sq"] = state["0.0.exp_avg_sq"][:1].clone()
+    if damage == "kind":
+        state["0.0.rows"] = state["0.0.rows"].double()
+    if damage == "negative":
+        state["step"] = torch.tensor(-3)
+    if damage == "best":
+        del state["best_loss.0"]
+    save_file(state, path)
+    before = snapshot(done)
+    with pytest.raises(InputError, match=str(done)):
+        run_to("--resume")
+    assert snapshot(done) == before
+
+
+def test_a_link_out_of_the_folder(run_to: Callable, done: Path, tmp_path: Path) -> None:
+    shutil.move(done / "embeds", tmp_path / "elsewhere")
+    (done / "embeds").symlink_to(tmp_path / "elsewhere")
+    before = snapshot(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="embeds: is a link; nothing is written outside --out"):
+        run_to("--resume", steps=6)
+    run_to("--overwrite")
+    assert snapshot(tmp_path / "elsewhere") == before
+    assert not (done / "embeds").is_symlink()
 
 
 @pytest.mark.parametrize("change", ["picture", "caption", "templates"])
