@@ -87,7 +87,7 @@ def test_number_formats_are_those_of_the_file(inspect, folder, tmp_path):
 def test_single_file_without_tokenizer(inspect, single, tmp_path):
     file = tmp_path / "model.safetensors"
     averages = {f"model_ema.{i}": torch.ones(1) for i in range(3)}
-    save_file(single | averages | {"betas": torch.ones(3)}, file)
+    save_file(single | averages | {"betas": torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2}, file)
     code, report = inspect(file, "--verify")
     assert code == 0
     assert line(report, "layout") == "single file"
@@ -162,7 +162,7 @@ def test_verify_finds_a_flipped_bit_in_a_zip(inspect, single, tmp_path):
         (["lora_unet_mid.hada_w1_a", "lora_te_x.hada_w1_b"], "LoRA"),
         (["mid.hada_w1_a", "mid.hada_w1_b"], "LyCORIS"),
         (["conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x"], "SDXL"),
-        (["conditioner.embedders.0.model.x", "model.diffusion_model.x"], "refiner"),
+        (["conditioner.embedders.0.model.x", "model.diffusion_model.x"], "Stable Diffusion 2"),
         (["cond_stage_model.transformer.token_emb.weight", "model.diffusion_model.x"], "BERT"),
         (["decoder.mid_block.resnets.0.norm1.weight", "encoder.conv_in.weight"], "VAE"),
         (["first_stage_model.decoder.mid.block_1.norm1.weight", "b"], "VAE"),

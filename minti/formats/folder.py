@@ -66,8 +66,8 @@ def plan_folder(
     if missing or other:
         what = f"a {kind}" if other else f"no {', no '.join(missing)} folder"
         files = [p.name for p in sorted(path.glob("*")) if p.suffix in (".safetensors", ".ckpt")]
-        hint = f"; did you mean {path / files[0]}?" if files else ""
-        raise InputError(f"{path}: is not a whole Stable Diffusion folder ({what}){hint}")
+        hint = f"did you mean {path / files[0]}?" if files else kind_of_folder(path)
+        raise InputError(f"{path}: is not a whole Stable Diffusion folder ({what}); {hint}")
 
     source = path / "scheduler" / "scheduler_config.json"
     with naming(source, "the noise schedule of a Stable Diffusion"):
@@ -151,7 +151,8 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[l
             sets.setdefault((*rank, int(m["count"] or 1)), []).append(path)
     if not sets:
         there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
-        hint = f"there are: {', '.join(there[:5])}" if there else kind_of_folder(folder)
+        whole = folder.parent if (folder.parent / "model_index.json").is_file() else folder
+        hint = f"there are: {', '.join(there[:5])}" if there else kind_of_folder(whole)
         raise InputError(f"{folder}: no weights (looked for {stem}.safetensors and the like); {hint}")
     (_, kind, *_, count), files = min(sets.items())
     if len(files) != count:

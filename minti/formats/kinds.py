@@ -88,5 +88,6 @@ def kind_of_head(path: Path, head: bytes) -> str:
 
 def kind_of_folder(path: Path) -> str:
     """What a folder without weights that minti reads holds instead, as the rest of a message."""
-    kinds = [kind for pattern, kind in FOLDERS.items() if next(path.glob(f"**/{pattern}"), None)]
+    places = [path, *path.glob("*/")]
+    kinds = [kind for pattern, kind in FOLDERS.items() if any(next(p.glob(pattern), None) for p in places)]
     return f"it holds {kinds[0]}; get the model as safetensors" if kinds else "download the whole folder"
