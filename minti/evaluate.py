@@ -124,8 +124,8 @@ def make_plan(
     scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
     name = list_name(args.prompts, sd, style)
     prompts = choose_prompts(name, args.reconstruction_prompt)
-    captions = dict.fromkeys(decode_text(caption, "--caption") for caption in args.caption)
-    subjects = add_words(sd, words) + [Subject(caption, "caption", caption) for caption in captions]
+    subjects = add_words(sd, words)
+    subjects += [Subject(caption, "caption", caption) for caption in dict.fromkeys(args.caption)]
     if args.references:
         subjects.append(Subject("prompt only", "prompt only", ""))
     how = args.num_images, args.sample_steps, args.guidance_scale, args.eta, args.seed, args.size
@@ -140,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make and judge pictures, write down what came out."""
     opts = options()
     args, style = parse(opts, argv)
+    for key in ("placeholder", "reconstruction_prompt"):
+        setattr(args, key, getattr(args, key) and decode_text(getattr(args, key), f"--{key}"))
+    args.caption = [decode_text(caption, "--caption") for caption in args.caption]
     words = [(path, Concept.load(path)) for argument in args.concept for path in find_words(argument)]
     if args.images is None:
         raise InputError("--images must be given: the photos that the word was learned from")

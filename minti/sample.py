@@ -156,6 +156,7 @@ def load_concepts(arguments: Sequence[str]) -> dict[str, tuple[str, Concept]]:
         word, equals, file = text.partition("=")
         if not equals or Path(text).exists():
             word, file = None, text
+        word = word and decode_text(word, "--concept")
         for concept in [Concept.load(file, word)] if word else Concept.load_all(file):
             if concept.placeholder in concepts:
                 raise InputError(

@@ -53,7 +53,7 @@ class Variant:
 
         Then the word after fewer steps is a snapshot of the word after more.
         """
-        return self.after(self.settings.steps if self.settings.lr_schedule != "constant" else 0)
+        return self.after(self.settings.steps if self.settings.lr_schedule != "constant" else 1)
 
     def after(self, steps: int) -> Variant:
         """The same with another number of steps."""
