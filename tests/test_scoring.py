@@ -647,6 +647,9 @@ def test_intervals_hold_the_truth_in_95_of_100_cases(n: int) -> None:
     numbers = torch.randn(1000, n, generator=torch.Generator().manual_seed(n))
     found = [bootstrap([(lambda w, x=x: w @ x, n)], seed=i, resamples=200) for i, x in enumerate(numbers)]
     assert 0.93 <= np.mean([abs(score.value) <= score.margin for score in found]) <= 0.97
+    # The variance of the draws is s^2 / n; drawing n instead of n - 1 would make it (n - 1) / n of that.
+    ratios = [score.draws.var() / (x.var() / n) for score, x in zip(found, numbers, strict=True)]
+    assert np.mean(ratios) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("n", [2, 3])
