@@ -62,7 +62,7 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
 @pytest.mark.parametrize("orientation", STORED)
 def test_exif_orientation(orientation: int, suffix: str, tmp_path: Path) -> None:
     image = quadrants()
@@ -287,37 +287,38 @@ def test_black_and_a_little_outside_the_range(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def profile(red: tuple[float, float], green: tuple[float, float], blue: tuple[float, float]) -> bytes:
-    """An ICC profile (version 2, ICC.1:2001) of a screen with sRGB's white and about its gamma.
+def fixed(*values: float) -> bytes:
+    """Fractions of 65536, as ICC profiles have them."""
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
-    The matrix is that of the primaries' chromaticities, adapted to D50 by Bradford's method.
-    """
-    xyz = np.array([(x / y, 1, (1 - x - y) / y) for x, y in (red, green, blue)]).T
+
+def icc(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """An ICC profile (version 2, ICC.1:2001) of a screen."""
+    tags |= {b"desc": b"desc" + bytes(4) + struct.pack(">I", 9) + b"a screen\0" + bytes(78)}
+    tags |= {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
+    table, data = struct.pack(">I", len(tags)), b""
+    for tag, content in tags.items():
+        table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    header = bytes(8) + struct.pack(">I", 0x02400000) + b"mntr" + space + b"XYZ " + bytes(12) + b"acsp"
+    whole = (header.ljust(68, b"\0") + fixed(0.9642, 1, 0.8249)).ljust(128, b"\0") + table + data
+    return struct.pack(">I", len(whole)) + whole[4:]
+
+
+CURVE = b"curv" + bytes(4) + struct.pack(">IH", 1, 563) + bytes(2)  # the power 563 / 256
+
+
+def profile(*primaries: tuple[float, float]) -> bytes:
+    """The profile of a screen with these primaries and sRGB's white, adapted to D50 by Bradford's method."""
+    xyz = np.array([(x / y, 1, (1 - x - y) / y) for x, y in primaries]).T
     white = np.array([0.95047, 1, 1.08883])
     bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
     gain = (bradford @ [0.9642, 1, 0.8249]) / (bradford @ white)
     matrix = np.linalg.inv(bradford) @ np.diag(gain) @ bradford @ (xyz * np.linalg.solve(xyz, white))
-
-    def fixed(*values: float) -> bytes:
-        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
-
-    name = b"a screen\0"
-    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", len(name)) + name + bytes(78)}
-    tags |= {
-        tag: b"XYZ " + bytes(4) + fixed(*matrix[:, i]) for i, tag in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))
-    }
-    tags |= {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
-    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(2.2 * 256)) + bytes(2)
-    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
-    table, data = struct.pack(">I", len(tags)), b""
-    for tag, content in tags.items():
-        content += bytes(-len(content) % 4)
-        table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
-        data += content
-    header = bytes(8) + struct.pack(">I", 0x02400000) + b"mntrRGB XYZ " + bytes(12) + b"acsp"
-    header = header.ljust(68, b"\0") + fixed(0.9642, 1, 0.8249)
-    whole = header.ljust(128, b"\0") + table + data
-    return struct.pack(">I", len(whole)) + whole[4:]
+    tags = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), CURVE)
+    for i, tag in enumerate((b"rXYZ", b"gXYZ", b"bXYZ")):
+        tags[tag] = b"XYZ " + bytes(4) + fixed(*matrix[:, i])
+    return icc(b"RGB ", tags)
 
 
 WIDE = profile((0.68, 0.32), (0.265, 0.69), (0.15, 0.06))  # the primaries of Display P3
@@ -366,13 +367,22 @@ def test_colour_profiles(kind: str, tmp_path: Path) -> None:
 SRGB = ImageCms.createProfile("sRGB")
 
 
-def test_a_grey_picture_with_a_profile_of_colours(tmp_path: Path) -> None:
-    """As many programs write it. Greys of a screen whose curve is not sRGB's are other greys."""
-    picture().convert("L").save(tmp_path / "a.jpg", icc_profile=WIDE, quality=100)
-    with Image.open(tmp_path / "a.jpg") as image:
-        greys = array(image)
-    expected = [[wide((grey,) * 3) for grey in row] for row in greys]
-    assert np.abs(array(open_image(tmp_path / "a.jpg")) - expected).max() <= 1
+@pytest.mark.parametrize("space", ["RGB ", "GRAY"])
+@pytest.mark.parametrize("kind", ["L.jpg", "LA.png", "I;16.png"])
+def test_grey_pictures_with_profiles(kind: str, space: str, tmp_path: Path) -> None:
+    """Also with one of colours, as many programs write it. Greys of another curve are other greys."""
+    grey, content = picture().convert("L"), WIDE if space == "RGB " else icc(b"GRAY", {b"kTRC": CURVE})
+    if kind.startswith("I"):
+        grey = Image.fromarray(array(grey).astype(np.uint16) * 257)
+    elif kind.startswith("LA"):
+        grey.putalpha(255)
+    path = tmp_path / f"a{kind[-4:]}"
+    grey.save(path, icc_profile=content, quality=100)
+    with Image.open(path) as image:
+        greys = array(image) // 257 if kind.startswith("I") else array(image.convert("L"))
+    expected = np.array([[wide((grey,) * 3) for grey in row] for row in greys])
+    assert np.abs(array(open_image(path)) - expected).max() <= 1
+    assert np.abs(expected[..., 0] - greys).max() > 5
 
 
 # Formats
@@ -384,7 +394,7 @@ def test_programs_are_not_started(name: str, tmp_path: Path, monkeypatch: pytest
     """Pillow hands PostScript to Ghostscript, whatever the file is called."""
 
     def started(*_: object, **__: object) -> None:
-        raise AssertionError("a program was started")
+        pytest.fail("a program was started")
 
     monkeypatch.setattr(subprocess, "Popen", started)
     monkeypatch.setattr(subprocess, "check_call", started)
@@ -392,7 +402,7 @@ def test_programs_are_not_started(name: str, tmp_path: Path, monkeypatch: pytest
     picture().save(buffer, "EPS")
     (tmp_path / name).write_bytes(buffer.getvalue())
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
-    with pytest.raises(AssertionError), Image.open(tmp_path / name) as image:
+    with pytest.raises(pytest.fail.Exception), Image.open(tmp_path / name) as image:
         image.load()
     with pytest.raises(InputError, match="cannot be read as a picture"):
         open_image(tmp_path / name)

@@ -39,8 +39,8 @@ class Concept:
     Attributes:
         placeholder: the word as it is written in prompts.
         vectors: (num_vectors, D) float32; D is 768 for SD 1.x, 1024 for SD 2.x, 768 + 1280 for SDXL.
-        metadata: where it comes from, for people: base model, init word, step, ...
-        widths: the columns for each text encoder, where there are several.
+        metadata: notes for people on where it comes from: base model, init word, step, ...
+        widths: how many of the D columns are for each text encoder, where there are several.
     """
 
     placeholder: str
@@ -142,7 +142,7 @@ def _join(concepts: Sequence[Concept]) -> list[Concept]:
 
 
 def _read_file(path: Path) -> tuple[str, list[Concept]]:
-    """One file: the name of its format, and its words; one for several text encoders comes several times."""
+    """Read one file; a word for several text encoders comes several times, in several widths."""
     with naming(check_regular(path), "a learned word"):
         in_picture = is_picture(path)
         content = read_picture(path) if in_picture else read_nested(path)
@@ -164,7 +164,7 @@ def _read_file(path: Path) -> tuple[str, list[Concept]]:
 
 
 def _parse_notes(texts: Mapping[str, str]) -> dict[str | None, dict[str, str]]:
-    """What a file says of itself: by word where it holds several, under None what holds for any word."""
+    """Sort what a file says of its words: notes for each word, and under None those for all others."""
     try:
         notes = json.loads(texts["minti"])
         by_word = {word: values for word, values in notes.items() if isinstance(values, dict)}
@@ -184,7 +184,7 @@ def save_concepts(path: str | Path, concepts: Sequence[Concept], *, format: str 
 
 
 def encode_concepts(path: Path, concepts: Sequence[Concept], format: str | None = None) -> bytes:
-    """The content of a file that is to be called `path`; the same bytes whenever and wherever it is made.
+    """Encode words as the content of a file that is to be called `path`; the same words give the same bytes.
 
     Args:
         path: `.safetensors`, `.bin` or `.pt`. Only safetensors keep the metadata of a diffusers file, and the

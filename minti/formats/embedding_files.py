@@ -48,6 +48,7 @@ Words = list[tuple[str, Tensor]]
 
 
 def refusal(why: str) -> InputError:
+    """The error that a file is something else; `naming` puts the file's name before it."""
     return InputError(f"is not a learned word: {why}")
 
 
@@ -164,7 +165,8 @@ def read_picture(path: Path) -> Any:
     try:
         return json.loads(base64.b64decode(text), object_hook=_as_tensor)
     except (ValueError, TypeError, RuntimeError):  # RuntimeError: absurd nesting, numbers
-        raise refusal("a picture without one in its text; pixels are not read, get a file") from None
+        why = "it is a picture without one in its text; get it as .pt or .safetensors"
+        raise refusal(why) from None
 
 
 def _as_tensor(value: dict[str, Any]) -> Any:
