@@ -119,6 +119,7 @@ UNETS["small"] = UNET | {
     "layers_per_block": 1,
     "attention_head_dim": 2,
     "cross_attention_dim": 32,
+    "norm_num_groups": 8,  # with one channel per group, GroupNorm would cancel the shift by the time step
 }
 VAE = {
     "block_out_channels": [32, 32, 64, 64],

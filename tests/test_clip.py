@@ -79,3 +79,17 @@ def test_norm_eps(build):
     eps = compare.norm_eps(compare.ours(reference))
     assert eps == compare.norm_eps(reference)
     assert set(eps.values()) == {3e-4}
+
+
+def test_heads_and_order_matter():
+    """Were the output deaf to the number of heads or to later tokens, comparing it would prove nothing."""
+    module = compare.ours(oracles.text_encoder("sd1", VOCAB, num_attention_heads=4))
+    output = module(IDS).context
+    changed = IDS.clone()
+    changed[:, 40] = 7
+    difference = (module(changed).context - output).abs().amax(dim=(0, 2))
+    assert (difference[:40] == 0).all()  # causal
+    assert (difference[40:] > 0).all()
+    for layer in module.text_model.encoder.layers:
+        layer.self_attn.heads = 1
+    assert compare.relative_error(module(IDS).context, output) > 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import gzip
 import json
 import logging
@@ -15,7 +16,8 @@ from transformers import CLIPTokenizer
 
 from minti.errors import InputError
 from minti.formats.vocabulary import read_tokenizer
-from minti.model.tokenizer import Tokenizer, clean
+from minti.model import tokenizer as module
+from minti.model.tokenizer import Tokenizer, clean, merge
 
 from .oracles import shared, write_tokenizer
 
@@ -234,3 +236,12 @@ class TestBrokenFiles:
         tokenizer = read_tokenizer(folder)
         assert len(tokenizer) == count + 2
         assert tokenizer.encode("<cat-toy>_1 <cat-toy>") == [count + 1, count]
+
+
+def test_merge():
+    """The docstring's example; pairs in the order they were learned, from the left, and everywhere."""
+    assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=1)
+    assert merge("abab", {("a", "b"): 1, ("b", "a"): 0}) == ["a", "ba", "b"]
+    assert merge("abab", {("a", "b"): 0, ("b", "a"): 1}) == ["ab", "ab"]
+    assert merge("aaaaa", {("a", "a"): 0}) == ["aa", "aa", "a"]
+    assert merge("a", {}) == ["a"]

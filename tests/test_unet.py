@@ -57,13 +57,29 @@ def test_time_and_words_once_for_all_steps():
         )
 
 
-def test_words_and_time_matter():
-    """Were the output deaf to one of its inputs, comparing it would prove nothing."""
-    unet = compare.ours(oracles.unet("sd1"))
-    x, context = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 77, 64)
-    output = unet(x, torch.tensor([500]), context[0])
-    for other in (unet(x, torch.tensor([501]), context[0]), unet(x, torch.tensor([500]), context[1])):
-        assert compare.relative_error(other, output) > 1e-3
+@pytest.mark.parametrize("family", ["sd1", "sd2", "inpainting", "sdxl", "small"])
+def test_everything_matters(family):
+    """Were the output deaf to one of its inputs, or to the heads, comparing it would prove nothing."""
+    unet = compare.ours(oracles.unet(family))
+    torch.manual_seed(0)
+    x, context = (
+        torch.randn(1, unet.config.in_channels, 8, 8),
+        torch.randn(2, 1, 77, unet.config.cross_attention_dim),
+    )
+    t, added = torch.tensor([500]), None
+    if family == "sdxl":
+        added = torch.randn(1, 20), torch.tensor([[512.0, 768, 0, 64, 1024, 1024]])
+    output = unet(x, t, context[0], added)
+    others = {"time": unet(x, t + 20, context[0], added), "context": unet(x, t, context[1], added)}
+    if added:
+        others["pooled text"] = unet(x, t, context[0], (added[0] + 1, added[1]))
+        others["sizes"] = unet(x, t, context[0], (added[0], added[1] + 64))
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.heads = 1 if module.heads > 1 else 2
+    others["heads"] = unet(x, t, context[0], added)
+    for name, other in others.items():
+        assert compare.relative_error(other, output) > 1e-3, name  # a hundred times the tolerance
 
 
 @pytest.mark.parametrize("upcast", [False, True])
