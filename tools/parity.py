@@ -10,14 +10,18 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import minti
+from minti.errors import InputError
+from minti.formats.checkpoint import make_plan
 from tests import compare, oracles
 
 NO_MIDDLE = {"mid_block_type": None, "layers_per_block": 1}
@@ -62,10 +66,92 @@ def full_size() -> Iterator[tuple[str, str, compare.Pairs]]:
     yield "UNet", "SD 1.5, 64x64", compare.compare_unet(oracles.unet("sd1.5"), 64, 64)
 
 
+@dataclass(frozen=True)
+class Published:
+    """Nine numbers of a picture, in [0, 1], that diffusers' own slow tests expect of a public checkpoint.
+
+    Attributes:
+        place: the first row and column of the 3 x 3 numbers, of the blue channel.
+        numpy_noise: the noise is numpy's, of seed 0; otherwise that of torch.
+    """
+
+    name: str
+    prompt: str
+    steps: int
+    guidance_scale: float
+    side: int
+    place: int
+    values: str
+    tolerance: float
+    numpy_noise: bool = True
+
+
+PUBLISHED = (
+    Published(
+        *("CompVis/stable-diffusion-v1-4", "a photograph of an astronaut riding a horse", 3, 7.5, 512, -3),
+        ".38019 .28647 .27321 .40377 .38290 .35446 .39218 .38165 .42239",
+        1e-4,
+    ),
+    Published(
+        *("stabilityai/stable-diffusion-2", "A painting of a squirrel eating a burger", 20, 7.5, 768, 253),
+        ".1868 .1922 .1527 .1921 .1908 .1624 .1779 .1652 .1734",
+        1e-2,
+        numpy_noise=False,
+    ),
+    Published(
+        *("CompVis/ldm-text2im-large-256", "A painting of a squirrel eating a burger", 3, 6.0, 256, -3),
+        ".51825 .52850 .52543 .54258 .52304 .52569 .54363 .55276 .56878",
+        1e-3,
+    ),
+)
+
+
+@torch.no_grad()
+def published_picture(sd: minti.StableDiffusion, case: Published) -> torch.Tensor:
+    """The picture of a case, (3, H, W) in [0, 1], not rounded."""
+    h = case.side // sd.vae.config.downscale
+    noise = None
+    if case.numpy_noise:
+        noise = np.random.RandomState(0).standard_normal((1, sd.vae.config.latent_channels, h, h))
+        noise = torch.from_numpy(noise).float()
+    how = {"steps": case.steps, "guidance_scale": case.guidance_scale, "size": case.side}
+    *_, latents = sd.denoise([case.prompt], [0], x_T=noise, **how)
+    pixels = sd.vae.decode(latents.to(sd.vae.dtype) / sd.vae.config.scaling_factor)
+    return (pixels[0].float() / 2 + 0.5).clamp(0, 1)
+
+
+def compare_published(path: Path) -> bool:
+    """Print our numbers beside the published ones; False if they differ by more than the tolerance."""
+    plan = make_plan(path)
+    v = plan.schedule.prediction_type == "v_prediction"
+    index = {("SD 1.x", False): 0, ("SD 2.x", True): 1, ("LDM", False): 2}.get((plan.family, v))
+    if index is None:
+        raise InputError(
+            f"{path}: no numbers are published for {plan.family}; there are of SD 1.4, 2 (v), LDM"
+        )
+    case = PUBLISHED[index]
+    picture = published_picture(minti.load(path, dtype="float32", schedule="as-published"), case)
+    at = slice(case.place, case.place + 3 or None)
+    ours, theirs = picture[2, at, at].flatten().tolist(), [float(value) for value in case.values.split()]
+    error = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"{case.name}: {case.prompt!r}, {case.steps} steps, guidance {case.guidance_scale}, {case.side} px")
+    print("published " + " ".join(f"{value:.5f}" for value in theirs))
+    print("minti     " + " ".join(f"{value:.5f}" for value in ours))
+    print(f"largest difference {error:.1e}, tolerance of the reference's own tests {case.tolerance:.0e}")
+    return error <= case.tolerance
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full-size", action="store_true", help="SD 1.5 in its true size too; takes 6 GB")
+    text = "instead: your copy of SD 1.4, SD 2 (768, v) or the LDM, against numbers that diffusers publishes"
+    parser.add_argument("--published", metavar="PATH", type=Path, help=text)
     args = parser.parse_args()
+    if args.published:
+        try:
+            sys.exit(0 if compare_published(args.published) else 1)
+        except InputError as error:
+            parser.error(str(error))
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     print(

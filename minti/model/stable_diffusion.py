@@ -189,6 +189,7 @@ class StableDiffusion(WordTables):
         eta: float = 0.0,
         size: int | tuple[int, int] | None = None,
         size_condition: Sequence[int] | None = None,
+        x_T: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Turn noise into latents, one picture for each prompt and its seed, yielding every x_t on the way.
 
@@ -199,6 +200,7 @@ class StableDiffusion(WordTables):
             size_condition: for SDXL, what the pictures should look like a crop of, six numbers in pixels:
                 original height and width, top and left of the crop, target height and width. By default a
                 photo of this very size. See `sample` for the others.
+            x_T: (B, C, h, w) float32 noise to start from, instead of that of the seeds.
 
         Yields:
             (B, C, h, w) float32, `steps` times; the last are the finished latents.
@@ -212,7 +214,8 @@ class StableDiffusion(WordTables):
         f, device = self.vae.config.downscale, self.device
         shape = (1, self.vae.config.latent_channels, height // f, width // f)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        x_T = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(device)
+        x_T = torch.cat([torch.randn(shape, generator=g) for g in generators]) if x_T is None else x_T
+        x_T = x_T.to(device)
 
         guided = guidance_scale > 1
         texts = [negative_prompt] * len(prompts) + list(prompts) if guided else list(prompts)
