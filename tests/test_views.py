@@ -265,7 +265,7 @@ def test_the_sheet_of_many_photos_stays_small(
         picture(seed=i).save(tmp_path / f"{i}.png")
     monkeypatch.setattr(words, "SHEET_PIXELS", 10 * 7**2)
     spec = {"images": tmp_path, "init_word": "toy", "init": "random", "num_vectors": 1, "seed": 0, "name": ""}
-    spec |= {"templates": "object", "alias": "<toy>", "placeholder": "<toy>", "lr": 0.1}
+    spec |= {"templates": "object", "learning_name": "<toy>", "placeholder": "<toy>", "lr": 0.1}
     sd = minti.load(folder, device="cpu")
     run, sheet = words.load_word(sd, spec, tmp_path, size=16, crop="center", flip=True)
     assert len(run.word.latents.photo) == 10

@@ -65,6 +65,8 @@ def load_word(
         raise InputError("--init-word must be given: a coarse description such as toy (or --init random)")
     photos, templates = load_photos(spec["images"]), load_templates(spec["templates"])
     size = sd.check_size(size)[0]
+    if start is None:
+        start = initial_rows(sd, spec["init"], spec["init_word"], spec["num_vectors"], spec["seed"])
     count = len(photos) * (RANDOM_CROPS if crop == "random" else 1) * (2 if flip else 1)
     side = min(size, math.isqrt(SHEET_PIXELS // count))
     # What the word is learned from, in 32 bytes that tell whether it has changed when the run is resumed.
@@ -78,8 +80,6 @@ def load_word(
 
     views = make_views(photos, size, crop=crop, flip=flip, seed=spec["seed"])
     latents = encode_views(sd, map(record, views))  # one view is in memory at a time
-    if start is None:
-        start = initial_rows(sd, spec["init"], spec["init_word"], spec["num_vectors"], spec["seed"])
     word = Word(
         spec["learning_name"],
         start,
