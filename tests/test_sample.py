@@ -154,19 +154,20 @@ def test_a_renamed_word_gives_the_same_picture(folder: Path, word: Path, tmp_pat
     assert pixels[0] != pixels[2]
 
 
-def test_a_word_whose_name_is_taken(folder: Path, tmp_path: Path) -> None:
+def test_a_word_whose_name_is_taken(folder: Path, word: Path, tmp_path: Path) -> None:
     """By the vocabulary, or by another word, whose case does not matter."""
+    width = Concept.load(word).vectors.shape[1]
     for name, remedy in (("cat", "<cat>"), ("<TOY>", "<new>")):
         files = [tmp_path / "<toy>.pt", tmp_path / f"{name}.pt"]
         for file in files:
-            Concept("x", torch.ones(1, 64)).save(file)  # in this format the word is the file's name
+            Concept("x", torch.ones(1, width)).save(file)  # in this format the word is the file's name
         argv = ["--prompt", "a", *(part for file in files for part in ("--concept", str(file)))]
         with pytest.raises(
             InputError, match=f"^{files[1]}: placeholder .*: --concept '{remedy}={files[1]}'$"
         ):
             sample(folder, tmp_path / "out", *argv)
-    Concept("x", torch.ones(1, 32)).save(tmp_path / "narrow.pt")
-    with pytest.raises(InputError, match=r"a 32-wide encoder.*use the model it was learned on$"):
+    Concept("x", torch.ones(1, width - 1)).save(tmp_path / "narrow.pt")
+    with pytest.raises(InputError, match=rf"a {width - 1}-wide encoder.*use the model it was learned on$"):
         sample(folder, tmp_path / "out", "--prompt", "a", "--concept", str(tmp_path / "narrow.pt"))
 
 
