@@ -95,14 +95,6 @@ def parse(opts: Options, argv: Sequence[str] | None) -> tuple[argparse.Namespace
     return opts.parse(argv, required=[], base=base), config.get("templates") == "style"
 
 
-def choose_out(out: str | None, beside: str | None) -> Path:
-    """The folder for results: the one given, or `evaluation` beside what is scored."""
-    if out is None and beside is None:
-        raise InputError("--out must be given, a folder for the results")
-    path = Path(beside or ".")
-    return Path(out) if out else (path if path.is_dir() else path.parent) / "evaluation"
-
-
 def make_plan(
     args: argparse.Namespace, words: Sequence[tuple[Path, Concept]], style: bool
 ) -> tuple[Scorer, EvaluationPlan, dict[str, str]]:
@@ -122,7 +114,7 @@ def make_plan(
     if args.compile:
         sd.compile()
     scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
-    name = list_name(args.prompts, sd, style)
+    name = list_name(len(sd.vocabulary), style) if args.prompts == "auto" else args.prompts
     prompts = choose_prompts(name, args.reconstruction_prompt)
     subjects = add_words(sd, words)
     subjects += [Subject(caption, "caption", caption) for caption in dict.fromkeys(args.caption)]
@@ -146,6 +138,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [(path, Concept.load(path)) for argument in args.concept for path in find_words(argument)]
     if args.images is None:
         raise InputError("--images must be given: the photos that the word was learned from")
+    if args.out is None and not (args.samples or args.concept):
+        raise InputError("--out must be given, a folder for the results")
+    beside = Path(args.samples or (args.concept or ["."])[0])
+    out = Path(args.out or (beside if beside.is_dir() else beside.parent) / "evaluation")
     processes = Processes.from_environment()
     with processes.joined(for_barriers=True):
         args.device = processes.device(args.device)
@@ -153,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scorer, plan, models = make_plan(args, words, style)
         benchmark = Benchmark.make(scorer, (photo.open() for photo in photos), plan.prompts)
         with WorkFolder(
-            choose_out(args.out, args.samples or (args.concept[0] if args.concept else None)),
+            out,
             "minti.evaluate",
             vars(args),
             defaults=opts.defaults,
@@ -164,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) as folder:
             folder.check(resume=True, overwrite=args.overwrite)
             folder.begin()
-            store = PictureStore(folder.path / "pictures")
+            store = PictureStore(out / "pictures")
             processes.wait()
             jobs = [job for of_subject in plan.jobs.values() for job in of_subject.values()]
             make_all(jobs, scorer.measure, store, processes, args.sample_steps)
@@ -176,18 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 references = [benchmark.image_only()] if args.references else []
                 evaluations = with_tradeoffs([*evaluations, *references])
                 print(score_table(evaluations))
-                write_results(folder.path, plan, store, evaluations, models)
+                write_atomically(out / "evaluation.json", report(evaluations, models, plan.settings))
+                write_results(out, plan, store, evaluations)
 
 
 def write_results(
-    out: Path,
-    plan: EvaluationPlan,
-    store: PictureStore,
-    evaluations: Sequence[Evaluation],
-    models: dict[str, str],
+    out: Path, plan: EvaluationPlan, store: PictureStore, evaluations: Sequence[Evaluation]
 ) -> None:
-    """Write evaluation.json, plot.svg and grids/."""
-    write_atomically(out / "evaluation.json", report(evaluations, models, plan.settings))
+    """Write plot.svg and grids/."""
     if svg := plot(evaluations):
         write_atomically(out / "plot.svg", svg.encode())
     for subject, jobs in plan.jobs.items():

@@ -318,7 +318,7 @@ def write_recipe(root: Path, folder: Path, **changes: object) -> str:
         },
         "captions": {"caption": "short"},
         "claims": [CLAIM | {"expect": "above"}],
-        **{"num_images": 3, "sample_steps": 2, "device": "cpu"},
+        **{"num_images": 2, "sample_steps": 2, "device": "cpu"},
         **changes,
     }
     path = folder / "recipe.yaml"
@@ -553,7 +553,7 @@ def test_another_study_is_refused(base: Path, done: Path, tmp_path: Path) -> Non
     changed = write_recipe(base, tmp_path, setups={"1 vector": {"lr": 0.1}}, claims=[])
     with pytest.raises(InputError, match=r"setups: 1 vector: lr was None, now it is 0.1"):
         study.main([changed, "--out", str(done)])
-    with pytest.raises(InputError, match="num_images was 3, now it is 4"):
+    with pytest.raises(InputError, match="num_images was 2, now it is 4"):
         study.main([write_recipe(base, tmp_path), "--out", str(done), "--num-images", "4"])
     picture, old = base / "cat" / "0.png", (base / "cat" / "0.png").read_bytes()
     Image.new("RGB", (16, 16)).save(picture)

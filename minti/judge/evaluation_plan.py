@@ -116,15 +116,9 @@ def plan_generation(
     return EvaluationPlan(prompts, jobs, settings)
 
 
-def list_name(name: str, sd: StableDiffusion, style: bool) -> str:
-    """The name of a list of prompts; "auto" depends on what was learned and on the model's vocabulary.
-
-    Args:
-        style: the word was learned in the templates for a style.
-    """
-    if name != "auto":
-        return name
-    if len(sd.vocabulary) < SMALL_VOCABULARY:
+def list_name(vocabulary: int, style: bool) -> str:
+    """The list of prompts for a model that knows so many words, and for a word learned as a style or not."""
+    if vocabulary < SMALL_VOCABULARY:
         return "tiny-style" if style else "tiny"
     return "style" if style else "object"
 

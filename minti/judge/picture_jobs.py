@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ def prompt_job(
     """
     vectors = sd.look_up(sd.tokenizer([prompt]).to(sd.device)).detach().float()
     width, height = sd.check_size(protocol.size)
-    inputs = {**inputs, **asdict(protocol), "size": [width, height], "prompt": _hash(vectors)}
+    prompt_hash = hashlib.sha256(vectors.cpu().numpy().tobytes()).hexdigest()[:12]
+    inputs = {**inputs, **asdict(protocol), "size": [width, height], "prompt": prompt_hash}
     del inputs["batch_size"]
     n = protocol.num_images
     return PictureJob(
@@ -126,10 +127,9 @@ def prompt_job(
 
 def make_pictures(sd: StableDiffusion, prompt: str, protocol: Protocol, on_step: OnStep) -> list[Image.Image]:
     """The pictures of one prompt; the same ones as those of `sd.sample`."""
-    each = [(prompt, protocol.seed + i) for i in range(protocol.num_images)]
-    options = {f.name: getattr(protocol, f.name) for f in fields(protocol)}
-    del options["num_images"], options["seed"]
-    return list(sd.sample_each(each, on_step=on_step, **options))
+    options = asdict(protocol)
+    seeds = range(options.pop("seed"), protocol.seed + options.pop("num_images"))
+    return list(sd.sample_each([(prompt, seed) for seed in seeds], on_step=on_step, **options))
 
 
 def files_job(scorer: Scorer, paths: Sequence[Path], name: str) -> PictureJob:
@@ -197,7 +197,7 @@ class PictureStore:
         """The measurements of a job; None unless it is finished."""
         try:
             with safe_open(self.folder / f"{job.name}.safetensors", framework="pt") as file:
-                if (file.metadata() or {}).get("inputs") != _json(job.inputs):
+                if (file.metadata() or {}).get("inputs") != json.dumps(job.inputs, sort_keys=True):
                     return None
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
@@ -210,7 +210,7 @@ class PictureStore:
         sheet = image_grid(thumbnails(images), COLUMNS)
         write_atomically(self.folder / f"{job.name}.png", encode_png(sheet, {"num_images": str(len(images))}))
         tensors = {key: tensor.contiguous() for key, tensor in measurements.items()}
-        content = save(tensors, {"inputs": _json(job.inputs)})
+        content = save(tensors, {"inputs": json.dumps(job.inputs, sort_keys=True)})
         write_atomically(self.folder / f"{job.name}.safetensors", content)
 
     def thumbnails(self, job: PictureJob) -> list[Image.Image]:
@@ -220,11 +220,3 @@ class PictureStore:
         width, height = sheet.width // min(COLUMNS, count), sheet.height // -(-count // COLUMNS)
         corners = [(width * (i % COLUMNS), height * (i // COLUMNS)) for i in range(count)]
         return [sheet.crop((x, y, x + width, y + height)) for x, y in corners]
-
-
-def _json(inputs: Mapping[str, Any]) -> str:
-    return json.dumps(inputs, sort_keys=True)
-
-
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()[:12]
