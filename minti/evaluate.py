@@ -30,7 +30,6 @@ from .judge.evaluation_plan import (
     plan_samples,
 )
 from .judge.picture_jobs import PictureStore, Protocol, file_name, make_all
-from .judge.prompts import decode_text
 from .judge.results import plot, report, score_table, write_sheet
 from .judge.scorer import Scorer, choose_clip
 from .runs.folder import RunRecord
@@ -132,9 +131,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make and judge pictures, write down what came out."""
     opts = options()
     args, style = parse(opts, argv)
-    for key in ("placeholder", "reconstruction_prompt"):
-        setattr(args, key, getattr(args, key) and decode_text(getattr(args, key), f"--{key}"))
-    args.caption = [decode_text(caption, "--caption") for caption in args.caption]
     words = [(path, Concept.load(path)) for argument in args.concept for path in find_words(argument)]
     if args.images is None:
         raise InputError("--images must be given: the photos that the word was learned from")

@@ -25,7 +25,7 @@ from .errors import InputError
 from .formats.atomic import write_atomically
 from .formats.concept import Concept
 from .formats.photos import open_image
-from .judge.prompts import decode_text, explain_syntax
+from .judge.prompts import explain_syntax
 from .judge.ranking import closest, ranking_text
 from .judge.scorer import Scorer, choose_clip
 from .model.stable_diffusion import StableDiffusion
@@ -156,7 +156,6 @@ def load_concepts(arguments: Sequence[str]) -> dict[str, tuple[str, Concept]]:
         word, equals, file = text.partition("=")
         if not equals or Path(text).exists():
             word, file = None, text
-        word = word and decode_text(word, "--concept")
         for concept in [Concept.load(file, word)] if word else Concept.load_all(file):
             if concept.placeholder in concepts:
                 raise InputError(
@@ -209,9 +208,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make the pictures, write them one by one and in the end sheets of all."""
     opts = options()
     args = opts.parse(argv, required=["checkpoint", "prompt", "out"])
-    args.prompt = [decode_text(prompt, "--prompt") for prompt in args.prompt]
-    if args.negative_prompt is not None:
-        args.negative_prompt = decode_text(args.negative_prompt, "--negative-prompt")
     if len(args.prompt) * args.num_images * args.rank_by_clip > MOST_PICTURES:
         raise InputError(f"more than {MOST_PICTURES:,} pictures; lower --num-images or --rank-by-clip")
     planned = plan_pictures(args.prompt, args.seed, args.num_images, args.rank_by_clip)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,24 +84,6 @@ def load_prompts(name: str) -> PromptList:
     if not found or len(reconstruction) > 1 or len(set(texts)) < len(texts):
         raise InputError(f"{path}: needs prompts, all different, and at most one under `# reconstruction`")
     return PromptList(found, *(prompt.text for prompt in reconstruction))
-
-
-def decode_text(text: str, source: str) -> str:
-    """A text of the command line, where Python puts surrogates for bytes that the locale cannot decode.
-
-    Raises:
-        InputError: the bytes are no UTF-8.
-    """
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        pass
-    try:
-        return os.fsencode(text).decode("utf-8")
-    except UnicodeError:
-        shown = text.encode("utf-8", "replace").decode()
-        raise InputError(f"{source}: {shown!r} is no valid UTF-8; set the terminal to UTF-8") from None
 
 
 def explain_syntax(prompt: str, learned_words: Iterable[str]) -> list[str]:
