@@ -223,11 +223,14 @@ class FakeHub:
         return str(target)
 
 
+SD_WEIGHTS = {part: download.WEIGHTS[part] for part in ("text_encoder", "unet", "vae")}
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> FakeHub:
     """A hub with one repository: the folder, and much that nobody needs."""
     source = shutil.copytree(folder, tmp_path / "hub")
-    for part, stem in download.WEIGHTS.items():
+    for part, stem in SD_WEIGHTS.items():
         shutil.copyfile(source / part / f"{stem}.safetensors", source / part / f"{stem}.bin")
         weights = load_file(source / part / f"{stem}.safetensors")
         halved = {key: w.half() for key, w in weights.items()}
@@ -253,7 +256,7 @@ def weights_of(files: list[str]) -> set[str]:
 def test_only_what_is_needed_and_it_loads(hub, folder, tmp_path, capsys):
     target = tmp_path / "sd"
     download.main(["sd-1.4", str(target)])
-    assert weights_of(hub.fetched) == {f"{p}/{stem}.safetensors" for p, stem in download.WEIGHTS.items()}
+    assert weights_of(hub.fetched) == {f"{p}/{stem}.safetensors" for p, stem in SD_WEIGHTS.items()}
     assert "are as the hub has them" in capsys.readouterr().out
     ids = torch.randint(500, (1, 77))
     ours, theirs = (minti.load(path, device="cpu").text_encoder(ids).context for path in (target, folder))
@@ -262,7 +265,7 @@ def test_only_what_is_needed_and_it_loads(hub, folder, tmp_path, capsys):
 
 def test_half_precision(hub, tmp_path):
     download.main(["owner/repo", str(tmp_path / "sd"), "--variant", "fp16"])
-    stems = {f"{part}/{stem}.fp16.safetensors" for part, stem in download.WEIGHTS.items()}
+    stems = {f"{part}/{stem}.fp16.safetensors" for part, stem in SD_WEIGHTS.items()}
     assert weights_of(hub.fetched) == stems
     minti.load(tmp_path / "sd", device="cpu")
 
@@ -319,7 +322,8 @@ def test_published_checksums(hub, tmp_path, capsys, monkeypatch):
 
 def test_tokenizer_and_single_files(hub, tmp_path):
     for name in download.TOKENIZER:
-        shutil.copyfile(hub.source / "tokenizer" / name, hub.source / name)
+        if name != "vocab.txt":  # BERT's
+            shutil.copyfile(hub.source / "tokenizer" / name, hub.source / name)
     download.main(["tokenizer", str(tmp_path / "words")])
     assert hub.fetched == list(download.TOKENIZER)
     assert len(read_tokenizer(tmp_path / "words")) == 536
@@ -429,3 +433,28 @@ def test_a_repository_that_is_no_stable_diffusion_folder(hub, tmp_path):
     shutil.rmtree(hub.source / "unet")
     with pytest.raises(InputError, match=r"no weights in unet/.*--file model-ema\.ckpt"):
         download.main(["owner/repo", str(tmp_path / "sd")])
+
+
+@pytest.mark.parametrize("family", ["sdxl", "ldm"])
+def test_what_is_chosen_of_other_families(family: str) -> None:
+    parts = (
+        ["text_encoder", "text_encoder_2", "unet", "vae"] if family == "sdxl" else ["bert", "unet", "vqvae"]
+    )
+    suffix = "safetensors" if family == "sdxl" else "bin"
+    weights = {
+        part: f"{part}/{'pytorch_' if suffix == 'bin' and part == 'bert' else ''}{download.WEIGHTS[part]}"
+        for part in parts
+    }
+    wanted = {f"{path}.{suffix}" for path in weights.values()} | {f"{part}/config.json" for part in parts}
+    wanted |= {"model_index.json", "scheduler/scheduler_config.json"}
+    tokenizers = ("tokenizer", "tokenizer_2") if family == "sdxl" else ("tokenizer",)
+    names = ("vocab.json", "merges.txt") if family == "sdxl" else ("vocab.txt",)
+    wanted |= {f"{tokenizer}/{name}" for tokenizer in tokenizers for name in names}
+    others = {
+        "vae_1_0/config.json",
+        "unet/model.onnx",
+        "sd_xl_base_1.0.safetensors",
+        "sd_xl_offset_lora.safetensors",
+    }
+    files = [download.RemoteFile(path, 1, None, None) for path in sorted(wanted | others)]
+    assert {file.path for file in download.choose(files, family, None, None)} == wanted

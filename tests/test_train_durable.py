@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -690,17 +691,14 @@ def test_a_full_disk(
         fsync = os.fsync
         monkeypatch.setattr(os, "fsync", lambda handle: fail() or fsync(handle))
     else:
-        fdopen = os.fdopen
+        original = Path.open
 
-        def broken(handle: int, *args: str):
-            try:
+        def broken(path: Path, mode: str = "r", **options: object) -> IO:
+            if mode == "xb":
                 fail()
-            except OSError:
-                os.close(handle)
-                raise
-            return fdopen(handle, *args)
+            return original(path, mode, **options)
 
-        monkeypatch.setattr(os, "fdopen", broken)
+        monkeypatch.setattr(Path, "open", broken)
 
     with pytest.raises(SystemExit) as status:
         run_command("minti.train", lambda _: run_to("--save-every", "2", steps=6))

@@ -66,7 +66,8 @@ def plan_single_file(path: Path, ema: bool, vae: PartPlan | None = None) -> Chec
     if file.shapes.keys() & {"edm_mean", "edm_vpred.sigma_max"}:
         raise InputError(f"{path}: {PLAYGROUND}")
     is_sdxl = any(key.startswith(SDXL_PREFIX_2) for key in file.shapes)
-    if f"{UNET_PREFIX}label_emb.0.0.weight" in file.shapes and not is_sdxl:
+    conditioned = f"{UNET_PREFIX}label_emb.0.0.weight" in file.shapes
+    if conditioned and not is_sdxl and any(key.startswith(OPENCLIP_PREFIXES[1]) for key in file.shapes):
         raise InputError(f"{path}: {REFINER}")
     text_prefix = _refuse_unless_whole(file, with_vae=vae is None)
     with naming(path, MODEL), torch.device("meta"):
