@@ -1,0 +1,59 @@
+"""What the UNet is told of every picture, computed once: its training never runs the text encoder.
+
+Three of a picture's captions, each with all 77 tokens, as the finished model has them. In two of them the
+vectors of invented names are moved about (see `words.py`).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minti.clip import CLIPTextModel
+from minti.config import TextConfig
+from minti.progress import Progress
+from minti.tokenizer import Tokenizer
+
+from . import models
+from .clip import LENGTH
+from .data import LENGTH as TOKENS
+from .data import Pictures, append, records
+from .training import Run, ema_of
+from .words import NOISE, Disturbed, name_ids
+
+VARIANTS = ((0, NOISE), (1, NOISE), (5, 0.0))  # which caption, and how far its names are moved
+CONTEXT = (len(VARIANTS), TOKENS, models.CONTEXT)
+
+
+def stored_contexts(work: Path) -> np.ndarray:
+    """(N, 3, 77, 128) float16."""
+    return records(work / "contexts" / "contexts.f16", CONTEXT, np.float16)
+
+
+def load_text_encoder(run: Run, tokenizer: Tokenizer) -> CLIPTextModel:
+    text = CLIPTextModel(TextConfig.from_json(models.text_config(len(tokenizer)), "text_encoder"))
+    text.load_state_dict(ema_of(run.work, "clip")["text_encoder"])
+    return text.to(run.device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def stage(run: Run) -> None:
+    """Goes on with the first picture that has no contexts; `run.steps` of them, or all."""
+    pictures = Pictures(run.work, run.steps or None)
+    text, names = load_text_encoder(run, pictures.tokenizer), name_ids(pictures.tokenizer).to(run.device)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path, done = run.folder / "contexts.f16", len(stored_contexts(run.work))
+    progress = Progress(-(-max(0, len(pictures) - done) // run.batch), "batch")
+    run.catch_signals()
+    while done < len(pictures) and not run.out_of_time():
+        indices = np.arange(done, min(done + run.batch, len(pictures)))
+        found = np.zeros((len(indices), *CONTEXT), np.float16)
+        for k, (which, noise) in enumerate(VARIANTS):
+            ids, _, _ = pictures.said(indices, np.full(len(indices), which))
+            with Disturbed(text.token_embedding, names, noise * LENGTH, run.rng(done + k)):
+                found[:, k] = text(ids.to(run.device)).context.cpu().numpy()
+        append(path, CONTEXT, found)
+        done += len(indices)
+        progress.step()
+    progress.close()
+    print(f"{len(stored_contexts(run.work))} pictures have contexts", flush=True)

@@ -1,0 +1,99 @@
+"""The vectors of words: how they begin, and noise on those of invented names.
+
+A word learned from pictures is a vector that the text encoder never met. For such a vector to draw something
+the way from vectors to silhouettes must be smooth, and known everywhere, not only at the words that exist.
+Hence the names begin where a fixed linear map puts what they mean, class words ("creature") in the middle of
+the names of their kind; and in training names are moved about and mixed, with what they mean.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minti.tokenizer import Tokenizer
+
+from . import names
+from .colors import COLORS, PATTERNS
+from .kinds import KINDS, code, code_layout
+
+NOISE = 0.25  # of a name's vector, in its own mean length
+LOOK = len(COLORS) * 2 + len(PATTERNS)
+
+
+def meaning(thing: names.Named) -> np.ndarray:
+    """(C + LOOK,) what a name stands for: the code of its factors, its colours and pattern."""
+    look = np.zeros(LOOK, dtype=np.float32)
+    colors = list(COLORS)
+    look[colors.index(thing.color)] = 1
+    if thing.color2:
+        look[len(COLORS) + colors.index(thing.color2)] = 1
+    look[2 * len(COLORS) + PATTERNS.index(thing.pattern)] = 1
+    return np.concatenate([code(thing.kind, thing.factors), look])
+
+
+@cache
+def meanings() -> Tensor:
+    """(names, C + LOOK) of all names that occur in training, in their order."""
+    return torch.from_numpy(np.stack([meaning(thing) for thing in names.trained().values()]))
+
+
+def linear_map(width: int) -> Tensor:
+    """(C + LOOK, width): the fixed map from meanings to the vectors that names begin with."""
+    generator = torch.Generator().manual_seed(20220804)
+    found = torch.randn((len(code_layout()) + LOOK, width), generator=generator)
+    return found / found.norm(dim=1, keepdim=True)
+
+
+def vectors(means: Tensor, width: int, length: float) -> Tensor:
+    """(N, width): meanings less the mean one, mapped, of a mean length of `length`."""
+    mapped = (means - meanings().mean(0)) @ linear_map(width)
+    usual = (meanings() - meanings().mean(0)) @ linear_map(width)
+    return mapped * (length / usual.norm(dim=1).mean())
+
+
+def name_ids(tokenizer: Tokenizer) -> Tensor:
+    """(names,) the token of each name."""
+    return torch.tensor([tokenizer.encode(name)[0] for name in names.trained()])
+
+
+@torch.no_grad()
+def begin(table: Tensor, tokenizer: Tokenizer, length: float) -> None:
+    """Put the names, and the words for their kinds, where their meanings are."""
+    means = meanings()
+    table[name_ids(tokenizer)] = vectors(means, table.shape[1], length)
+    kinds = [thing.kind for thing in names.trained().values()]
+    called: dict[str, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        for word in KINDS[kind].words:
+            called.setdefault(word, []).append(i)
+    for word, rows in called.items():
+        (token,) = tokenizer.encode(word)
+        table[token] = vectors(means[rows].mean(0, keepdim=True), table.shape[1], length)[0]
+
+
+class Disturbed:
+    """While entered, adds to the embedding's output noise on the vectors of names.
+
+    Attributes:
+        mixed: (B, L, D) to be added as well, or None.
+    """
+
+    def __init__(self, embedding: nn.Module, ids: Tensor, scale: float, generator: torch.Generator) -> None:
+        self.embedding, self.ids, self.scale, self.generator = embedding, ids, scale, generator
+        self.mixed: Tensor | None = None
+
+    def __enter__(self) -> "Disturbed":
+        def add(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            is_name = torch.isin(inputs[0], self.ids)[..., None]
+            noise = torch.randn(output.shape, generator=self.generator).to(output)
+            noise = noise * (torch.rand((len(output), 1, 1), generator=self.generator).to(output) * self.scale)
+            output = output + is_name * noise / output.shape[-1] ** 0.5
+            return output if self.mixed is None else output + self.mixed
+
+        self.handle = self.embedding.register_forward_hook(add)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.handle.remove()
