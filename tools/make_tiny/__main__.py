@@ -18,9 +18,10 @@ from tools.make_tiny.training import Run
 DEFAULTS = {
     "world": (100_000, 0.0, 0),
     "vae": (4_000, 1.2e-3, 16),
-    "clip": (3_000, 1e-3, 96),
+    "text": (4_000, 1e-3, 128),
     "latents": (0, 0.0, 250),
     "contexts": (0, 0.0, 100),
+    "clip": (3_000, 1e-3, 96),
     "decoder": (1_500, 8e-4, 16),
     "unet": (60_000, 6e-4, 32),
     "probe": (5_000, 2e-3, 128),

@@ -9,16 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minti.clip import CLIPTextModel
-from minti.config import TextConfig
 from minti.progress import Progress
-from minti.tokenizer import Tokenizer
 
 from . import models
-from .clip import LENGTH
-from .data import LENGTH as TOKENS
-from .data import Pictures, append, records
-from .training import Run, ema_of
+from .data import TOKENS, Pictures, append, records
+from .text import load_text_encoder
+from .training import Run
 from .words import NOISE, Disturbed, name_ids
 
 VARIANTS = ((0, NOISE), (1, NOISE), (5, 0.0))  # which caption, and how far its names are moved
@@ -30,17 +26,11 @@ def stored_contexts(work: Path) -> np.ndarray:
     return records(work / "contexts" / "contexts.f16", CONTEXT, np.float16)
 
 
-def load_text_encoder(run: Run, tokenizer: Tokenizer) -> CLIPTextModel:
-    text = CLIPTextModel(TextConfig.from_json(models.text_config(len(tokenizer)), "text_encoder"))
-    text.load_state_dict(ema_of(run.work, "clip")["text_encoder"])
-    return text.to(run.device).eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def stage(run: Run) -> None:
     """Goes on with the first picture that has no contexts; `run.steps` of them, or all."""
     pictures = Pictures(run.work, run.steps or None)
-    text, names = load_text_encoder(run, pictures.tokenizer), name_ids(pictures.tokenizer).to(run.device)
+    text, names = load_text_encoder(run.work, pictures.tokenizer, run.device), name_ids(pictures.tokenizer)
     run.folder.mkdir(parents=True, exist_ok=True)
     path, done = run.folder / "contexts.f16", len(stored_contexts(run.work))
     progress = Progress(-(-max(0, len(pictures) - done) // run.batch), "batch")
@@ -50,7 +40,7 @@ def stage(run: Run) -> None:
         found = np.zeros((len(indices), *CONTEXT), np.float16)
         for k, (which, noise) in enumerate(VARIANTS):
             ids, _, _ = pictures.said(indices, np.full(len(indices), which))
-            with Disturbed(text.token_embedding, names, noise * LENGTH, run.rng(done + k)):
+            with Disturbed(text.token_embedding, names.to(run.device), noise, run.rng(done + k)):
                 found[:, k] = text(ids.to(run.device)).context.cpu().numpy()
         append(path, CONTEXT, found)
         done += len(indices)

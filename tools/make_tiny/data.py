@@ -29,10 +29,12 @@ VOCABULARY_CAPTIONS = 8_000
 PICTURE, LATENT = (64, 64, 3), (4, 16, 16)
 PART = 1000  # pictures drawn before they are written
 CAPTIONS = 8  # of each picture; the last four name what sets it apart from its twin
-LENGTH = 77
-# A caption as numbers: its tokens, the class of each fact (-100: not settled), the code of what is said of the
-# first thing's factors (NaN: not said).
-ENCODED = np.dtype([("ids", "<u2", LENGTH), ("facts", "<i2", len(FACTS)), ("code", "<f2", len(code_layout()))])
+TOKENS = 77
+# A caption as numbers: its tokens, the class of each fact (-100: not settled), the code of what is said of
+# the first thing's factors (NaN: not said).
+ENCODED = np.dtype(
+    [("ids", "<u2", TOKENS), ("facts", "<i2", len(FACTS)), ("code", "<f2", len(code_layout()))]
+)
 
 
 def records(path: Path, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
@@ -132,7 +134,11 @@ def build(run: Run) -> None:
 
 
 def fill(
-    run: Run, path: Path, shape: tuple[int, ...], dtype: np.typing.DTypeLike, make: Callable[[int], np.ndarray]
+    run: Run,
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: np.typing.DTypeLike,
+    make: Callable[[int], np.ndarray],
 ) -> None:
     """Extend a file of records to `run.steps` of them, made from their numbers by `run.workers` processes."""
     done = len(records(path, shape, dtype))

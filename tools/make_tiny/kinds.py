@@ -1,4 +1,4 @@
-"""Kinds of things, the factors that make one thing of a kind unlike another, and what is kept out of training.
+"""Kinds of things, the factors that make one thing of a kind unlike another, and what training never shows.
 
 A factor is a choice ("horns" or "antenna") or a number ("width"). All are drawn independently of each other,
 so that the silhouettes of a kind fill a space, in which a thing never seen has neighbours on all sides.
@@ -255,7 +255,7 @@ def code(kind: str, factors: Mapping) -> np.ndarray:
     layout = code_layout()
     vector = np.zeros(len(layout), dtype=np.float32)
     vector[layout[kind,]] = 1
-    for f, values in KINDS[kind].choices.items():
+    for f in KINDS[kind].choices:
         vector[layout[kind, f, factors[f]]] = 1
     for f, (low, high) in KINDS[kind].ranges.items():
         vector[layout[kind, f]] = 2 * (factors[f] - low) / (high - low) - 1

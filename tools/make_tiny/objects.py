@@ -1,4 +1,4 @@
-"""Made and grown things put together from parts: vehicles, plants, vessels, machines, buildings, tools, badges.
+"""Things put together from parts: vehicles, plants, vessels, machines, buildings, tools, badges.
 
 As in `animals.py`, a drawing function takes the factors of a thing and returns its parts.
 """

@@ -13,11 +13,12 @@ from minti.pipeline import StableDiffusion
 from minti.unet import UNet
 
 from . import models
-from .contexts import VARIANTS, load_text_encoder, stored_contexts
+from .contexts import VARIANTS, stored_contexts
 from .data import Pictures
 from .decoder import load_vae
 from .draw import sheet
 from .latents import scaling_factor, stored_latents
+from .text import load_text_encoder
 from .training import Run, read, train
 
 DROPOUT = 0.1  # share of captions left empty, for classifier-free guidance (arXiv 2207.12598)
@@ -82,7 +83,7 @@ class Batches:
 
 def stage(run: Run) -> None:
     latents, pictures = stored_latents(run.work), Pictures(run.work)
-    text = load_text_encoder(run, pictures.tokenizer)
+    text = load_text_encoder(run.work, pictures.tokenizer, run.device)
     scale = scaling_factor(latents)
     vae = load_vae(run.work, scale).to(run.device)
     schedule = Schedule(ScheduleConfig.from_json(models.SCHEDULER, "scheduler"))
@@ -95,7 +96,8 @@ def stage(run: Run) -> None:
     forward = torch.compile(unet) if run.device.type == "cuda" else unet
     with torch.no_grad():
         empty = text(pictures.tokenizer([""]).to(run.device)).context[0]
-    batches, last = Batches(run, latents, stored_contexts(run.work), empty), schedule.config.num_train_timesteps - 1
+    batches = Batches(run, latents, stored_contexts(run.work), empty)
+    last = schedule.config.num_train_timesteps - 1
     print(f"unet: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:

@@ -18,7 +18,8 @@ from . import names
 from .colors import COLORS, PATTERNS
 from .kinds import KINDS, code, code_layout
 
-NOISE = 0.25  # of a name's vector, in its own mean length
+LENGTH = 1.2  # of the vectors of names to begin with
+NOISE = 0.3  # the greatest length of what is added to them
 LOOK = len(COLORS) * 2 + len(PATTERNS)
 
 
@@ -46,11 +47,11 @@ def linear_map(width: int) -> Tensor:
     return found / found.norm(dim=1, keepdim=True)
 
 
-def vectors(means: Tensor, width: int, length: float) -> Tensor:
-    """(N, width): meanings less the mean one, mapped, of a mean length of `length`."""
+def vectors(means: Tensor, width: int) -> Tensor:
+    """(N, width): meanings less the mean one, mapped; those of names are of a mean length of LENGTH."""
     mapped = (means - meanings().mean(0)) @ linear_map(width)
     usual = (meanings() - meanings().mean(0)) @ linear_map(width)
-    return mapped * (length / usual.norm(dim=1).mean())
+    return mapped * (LENGTH / usual.norm(dim=1).mean())
 
 
 def name_ids(tokenizer: Tokenizer) -> Tensor:
@@ -59,10 +60,10 @@ def name_ids(tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def begin(table: Tensor, tokenizer: Tokenizer, length: float) -> None:
+def begin(table: Tensor, tokenizer: Tokenizer) -> None:
     """Put the names, and the words for their kinds, where their meanings are."""
     means = meanings()
-    table[name_ids(tokenizer)] = vectors(means, table.shape[1], length)
+    table[name_ids(tokenizer)] = vectors(means, table.shape[1])
     kinds = [thing.kind for thing in names.trained().values()]
     called: dict[str, list[int]] = {}
     for i, kind in enumerate(kinds):
@@ -70,30 +71,38 @@ def begin(table: Tensor, tokenizer: Tokenizer, length: float) -> None:
             called.setdefault(word, []).append(i)
     for word, rows in called.items():
         (token,) = tokenizer.encode(word)
-        table[token] = vectors(means[rows].mean(0, keepdim=True), table.shape[1], length)[0]
+        table[token] = vectors(means[rows].mean(0, keepdim=True), table.shape[1])[0]
 
 
 class Disturbed:
-    """While entered, adds to the embedding's output noise on the vectors of names.
+    """While entered, the embedding's output has noise on the vectors of names.
 
-    Attributes:
-        mixed: (B, L, D) to be added as well, or None.
+    Args:
+        ids: the tokens of names.
+        scale: the greatest length of the noise; each prompt has its own, up to that.
+        step: (B, D) to be added to the names of each prompt as well.
     """
 
-    def __init__(self, embedding: nn.Module, ids: Tensor, scale: float, generator: torch.Generator) -> None:
-        self.embedding, self.ids, self.scale, self.generator = embedding, ids, scale, generator
-        self.mixed: Tensor | None = None
+    def __init__(
+        self,
+        embedding: nn.Module,
+        ids: Tensor,
+        scale: float,
+        generator: torch.Generator,
+        step: Tensor | None = None,
+    ) -> None:
+        self.embedding, self.ids, self.scale = embedding, ids, scale
+        self.generator, self.step = generator, step
 
-    def __enter__(self) -> "Disturbed":
-        def add(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            is_name = torch.isin(inputs[0], self.ids)[..., None]
-            noise = torch.randn(output.shape, generator=self.generator).to(output)
-            noise = noise * (torch.rand((len(output), 1, 1), generator=self.generator).to(output) * self.scale)
-            output = output + is_name * noise / output.shape[-1] ** 0.5
-            return output if self.mixed is None else output + self.mixed
+    def _add(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        is_name = torch.isin(inputs[0], self.ids)[..., None]
+        noise = torch.randn(output.shape, generator=self.generator)
+        length = self.scale * torch.rand((len(output), 1, 1), generator=self.generator)
+        moved = (noise * length / output.shape[-1] ** 0.5).to(output)
+        return output + is_name * (moved if self.step is None else moved + self.step[:, None])
 
-        self.handle = self.embedding.register_forward_hook(add)
-        return self
+    def __enter__(self) -> None:
+        self.handle = self.embedding.register_forward_hook(self._add)
 
     def __exit__(self, *args: object) -> None:
         self.handle.remove()
