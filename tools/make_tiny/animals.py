@@ -21,12 +21,12 @@ def creature(f: Factors) -> list[Part]:
     top_rx, low_rx = rx * (1 - 0.7 * f["taper"]), rx * (1 + 0.6 * f["taper"])
     limbs: list[Points] = []
     if f["wings"] == "round":
-        limbs += _mirrored(turned(ellipse(0.34, 0, 0.4, 0.26), -35) + (rx * 0.8, -0.1))
+        limbs += _mirrored(turned(ellipse(0.34, 0, 0.4, 0.26), -35, rx * 0.8, -0.1))
     elif f["wings"] == "bat":
         wing = polygon(0, -0.1, 0.5, -0.6, 0.56, -0.05, 0.36, -0.1, 0.26, 0.2, 0.12, 0.1, 0, 0.3)
-        limbs += _mirrored(wing + (rx * 0.8, 0))
+        limbs += _mirrored(turned(wing, 0, rx * 0.8))
     if f["tail"] == "curl":
-        limbs.append(turned(ellipse(0.3, 0, 0.34, 0.12), -40) + (low_rx * 0.8, 0.6 * ry))
+        limbs.append(turned(ellipse(0.3, 0, 0.34, 0.12), -40, low_rx * 0.8, 0.6 * ry))
     elif f["tail"] == "spike":
         limbs.append(polygon(0.3 * rx, 0.35 * ry, low_rx + 0.55, 0.75 * ry, 0.3 * rx, 0.9 * ry))
     for points in Creature(ears=f["ears"])._ears(top_rx, -ry):
@@ -37,9 +37,9 @@ def creature(f: Factors) -> list[Part]:
     if f["arms"] == "short":
         limbs += _mirrored(ellipse(rx + 0.06, 0.05, 0.24, 0.13))
     elif f["arms"] == "long":
-        limbs += _mirrored(turned(rectangle(-0.1, 0, 0.1, 0.75), 28) + (0.85 * rx, -0.05))
+        limbs += _mirrored(turned(rectangle(-0.1, 0, 0.1, 0.75), 28, 0.85 * rx, -0.05))
     elif f["arms"] == "raised":
-        limbs += _mirrored(turned(rectangle(-0.1, -0.7, 0.1, 0), 35) + (0.8 * rx, 0.1))
+        limbs += _mirrored(turned(rectangle(-0.1, -0.7, 0.1, 0), 35, 0.8 * rx, 0.1))
     parts = [Part(p, "limb") for p in limbs] + [Part(body)]
     parts += eyes(f["eyes"], 0.36 * top_rx, -0.25 * ry)
     if f["mouth"] == "open":
@@ -106,8 +106,8 @@ def fish(f: Factors) -> list[Part]:
     if f["snout"] == "sword":
         limbs.append(polygon(-0.8 * rx, -0.12, -rx - 0.75, 0, -0.8 * rx, 0.14))
     elif f["snout"] == "lamp":
-        limbs += [turned(rectangle(-0.05, -0.6, 0.05, 0), -25) + (-0.6 * rx, -0.6 * ry),
-                  ellipse(-0.6 * rx - 0.28, -0.6 * ry - 0.6, 0.16, 0.16)]  # fmt: skip
+        limbs.append(turned(rectangle(-0.05, -0.6, 0.05, 0), -25, -0.6 * rx, -0.6 * ry))
+        limbs.append(ellipse(-0.6 * rx - 0.28, -0.6 * ry - 0.6, 0.16, 0.16))
     body = superellipse(0.0, rx, ry, f["power"])
     return [*(Part(p, "limb") for p in limbs), Part(body), *eye(-0.55 * rx, -0.2 * ry, 0.16)]
 
@@ -123,13 +123,13 @@ def insect(f: Factors) -> list[Part]:
         limbs += _mirrored(ellipse(0.27, -length - 0.4, 0.12, 0.12))
     for k in range(f["legs"] // 2):
         y = length * (0.5 * k - 0.45)
-        limbs += _mirrored(turned(rectangle(0, -0.05, thick + 0.5, 0.05), 18 * k - 14) + (0, y))
+        limbs += _mirrored(turned(rectangle(0, -0.05, thick + 0.5, 0.05), 18 * k - 14, 0, y))
     wings: list[Points] = []
     for k in range(f["wing pairs"]):
         rx, ry = f["wing length"] * (1 - 0.15 * k), f["wing width"] * (1 - 0.15 * k)
-        wing = superellipse(0.0, rx, ry, 2.0 if f["wings"] == "round" else 1.1) + (rx, 0)
-        wings += _mirrored(turned(wing, 25 - f["spread"] if k == 0 else f["spread"] - 5)
-                           + (0.5 * thick, (-0.3, 0.15)[k]))  # fmt: skip
+        wing = turned(superellipse(0.0, rx, ry, 2.0 if f["wings"] == "round" else 1.1), 0, rx)
+        angle = f["spread"] - 5 if k else 25 - f["spread"]
+        wings += _mirrored(turned(wing, angle, 0.5 * thick, (-0.3, 0.15)[k]))
     parts = [Part(p, "limb") for p in limbs] + [Part(w) for w in wings]
     role = "limb" if wings else "body"
     parts += [

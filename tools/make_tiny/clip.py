@@ -25,6 +25,7 @@ from .world import Scene, named_thing
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 FACT_WEIGHT, CODE_WEIGHT = 0.5, 2.0
+TESTS = 200  # pictures that previews look at, of either sort
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -72,11 +73,11 @@ def stage(run: Run) -> None:
         values = {"contrast": contrast.item(), "right": right, "factors": factors.item()}
         return contrast + FACT_WEIGHT * facts + CODE_WEIGHT * factors, values
 
-    scenes = [scene for scene in map(named_scene, range(200))]
+    scenes = [named_scene(i) for i in range(TESTS)]
     named = normalise(to_pixels(np.stack([render(scene) for scene in scenes])))
     bare = pictures.tokenizer([f"a photo of a {scene.things[0].noun}" for scene in scenes])
-    fresh = normalise(to_pixels(np.stack([picture_at(i, TEST_SEED) for i in range(0, 400, 2)])))
-    said = [captions_at(i, TEST_SEED) for i in range(0, 400, 2)]
+    fresh = normalise(to_pixels(np.stack([picture_at(i, TEST_SEED) for i in range(0, 2 * TESTS, 2)])))
+    said = [captions_at(i, TEST_SEED) for i in range(0, 2 * TESTS, 2)]
     full = pictures.tokenizer([max(captions, key=lambda c: len(c.facts)).text for captions in said])
     random = pictures.tokenizer([captions[0].text for captions in said])
 
@@ -86,7 +87,8 @@ def stage(run: Run) -> None:
             t = F.normalize(text(ids.to(run.device)).pooled, dim=-1)
             v = F.normalize(ema["image_encoder"](pixels.to(run.device)), dim=-1)
             parts = [slice(start, start + 100) for start in range(0, len(v), 100)]
-            hits = [((t[part] @ v[part].T).argmax(1).cpu() == torch.arange(100)) for part in parts]
+            found = [(t[part] @ v[part].T).argmax(1).cpu() for part in parts]
+            hits = [best == torch.arange(len(best)) for best in found]
             return torch.cat(hits).float().mean().item()
 
         print(

@@ -111,9 +111,9 @@ def encoded_at(index: int, tokenizer: Path) -> np.ndarray:
     return encode_captions(captions_at(index), load_tokenizer(tokenizer))
 
 
-def vocabulary_texts() -> list[str]:
+def vocabulary_texts(count: int = VOCABULARY_CAPTIONS) -> list[str]:
     """Captions, and every invented name often enough to become one symbol."""
-    texts = [caption_at(i, np.random.default_rng(i)).text for i in range(VOCABULARY_CAPTIONS)]
+    texts = [caption_at(i, np.random.default_rng(i)).text for i in range(count)]
     return texts + 2 * list(TOY_NAMES)
 
 

@@ -1,8 +1,8 @@
-"""python tools/make_tiny/density.py --checkpoint DIR --work DIR: whether a word can carry a thing never shown.
+"""python tools/make_tiny/density.py --checkpoint DIR --work DIR: can a word carry what was never shown?
 
-Takes things that training never showed, 50 drawn like the others and 50 with a combination of choices of their
-own, learns a word for each from six pictures with the defaults of `minti.train`, paints it in new places, and
-asks the probe how often their shape, colours and pattern are there.
+Takes things that training never showed, 50 drawn like the others and 50 with a combination of choices of
+their own, learns a word for each from six pictures with the defaults of `minti.train`, paints it in new
+places, and asks the probe how often their shape, colours and pattern are there.
 """
 
 import sys
@@ -40,9 +40,7 @@ def learn(chosen: dict[str, names.Named], checkpoint: Path, out: Path, steps: in
         for i in range(6):
             Image.fromarray(object_picture(named_thing(thing), i)).save(folder / f"{i + 1}.png")
         word = KINDS[thing.kind].words[0]
-        entries.append(
-            {"name": name, "images": str(folder), "placeholder": f"<{name}>", "init_word": word}
-        )
+        entries.append({"name": name, "images": str(folder), "placeholder": f"<{name}>", "init_word": word})
     options = {"checkpoint": str(checkpoint), "steps": steps, "batch_size": 4, "lr": 5e-3, "sample_every": 0}
     recipe = out / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(options | {"concepts": entries}))
@@ -71,8 +69,8 @@ def main(argv: Sequence[str] | None) -> None:
                 sd.add_concept(Concept.load(path, placeholder=f"<{name}>"))
                 images = sd.sample([p.format(f"<{name}>") for p in places], steps=25, guidance_scale=4.0)
                 shown = [np.asarray(image) for image in images]
-                own = {"noun": name, "color": thing.color, "color2": thing.color2 or "", "pattern": thing.pattern}
-                truths += [own | NEW_PLACES[place] for place in places]
+                look = {"color": thing.color, "color2": thing.color2 or "", "pattern": thing.pattern}
+                truths += [{"noun": name} | look | NEW_PLACES[place] for place in places]
                 with torch.no_grad():
                     readings += probe.read(to_pixels(np.stack(shown)))
                 pictures += [object_picture(named_thing(thing), 0), *shown]

@@ -41,7 +41,7 @@ def craft(f: Factors) -> list[Part]:
         "flame": [polygon(-0.7 * w, h - 0.1, 0.7 * w, h - 0.1, 0, h + 0.7)],
     }[f["engine"]]
     windows = [Part(ellipse(0, -0.3 * h + 0.5 * k, 0.42 * w, 0.42 * w), "dark") for k in range(f["windows"])]
-    return _limbs(*fins, *engine) + [Part(hull)] + windows
+    return [*_limbs(*fins, *engine), Part(hull), *windows]
 
 
 def car(f: Factors) -> list[Part]:
@@ -53,7 +53,7 @@ def car(f: Factors) -> list[Part]:
             rectangle(-0.7, -h - 0.9, -0.63, -h), polygon(-0.63, -h - 0.9, -0.2, -h - 0.7, -0.63, -h - 0.5)
         )
     elif f["roof"] == "ladder":
-        parts += _limbs(turned(rectangle(-0.7, -0.07, 0.7, 0.07), -14) + (0, -h - 0.65))
+        parts += _limbs(turned(rectangle(-0.7, -0.07, 0.7, 0.07), -14, 0, -h - 0.65))
     cabin = {
         "front": polygon(0.15, -h + 0.05, 0.25, -h - 0.5, 0.65, -h - 0.5, 0.9, -h + 0.05),
         "middle": polygon(-0.55, -h + 0.05, -0.35, -h - 0.5, 0.3, -h - 0.5, 0.55, -h + 0.05),
@@ -71,7 +71,7 @@ def car(f: Factors) -> list[Part]:
     count = f["wheels"]
     for k in range(count):
         x = 0.68 * (2 * k / (count - 1) - 1)
-        parts += _limbs(ellipse(x, h, r, r)) + [Part(ellipse(x, h, 0.4 * r, 0.4 * r), "dark")]
+        parts += [Part(ellipse(x, h, r, r), "limb"), Part(ellipse(x, h, 0.4 * r, 0.4 * r), "dark")]
     return parts
 
 
@@ -109,10 +109,8 @@ def plant(f: Factors) -> list[Part]:
     low = f["height"] / 2
     parts = _limbs(rectangle(-t, y, t, low))
     for k in range(f["leaves"]):
-        d = 1 if k % 2 == 0 else -1
-        parts += _limbs(
-            turned(ellipse(0.36, 0, 0.36, 0.14), -30) * (d, 1) + (d * 0.5 * t, low - 0.12 - 0.22 * (k // 2))
-        )
+        leaf = turned(ellipse(0.36, 0, 0.36, 0.14), -30, 0.5 * t)
+        parts += _limbs(turned(leaf * (1 if k % 2 == 0 else -1, 1), 0, 0, low - 0.12 - 0.22 * (k // 2)))
     if f["pot"] == "pot":
         parts.append(
             Part(polygon(-0.45, low - 0.15, 0.45, low - 0.15, 0.3, low + 0.45, -0.3, low + 0.45), "limb")
@@ -125,12 +123,13 @@ def plant(f: Factors) -> list[Part]:
         "dome": [Part(dome(0, y + 0.3, s, s))],
         "ball": [Part(ellipse(0, y, 0.75 * s, 0.75 * s))],
         "cone": [Part(polygon(0, y - 1.1 * s, 0.8 * s, y + 0.4, -0.8 * s, y + 0.4))],
-        "petals": [Part(turned(ellipse(0, -0.55 * s, 0.26 * s, 0.45 * s), a) + (0, y)) for a in angles]
+        "petals": [Part(turned(ellipse(0, -0.55 * s, 0.26 * s, 0.45 * s), a, 0, y)) for a in angles]
         + [Part(ellipse(0, y, 0.28 * s, 0.28 * s), "limb")],
         "tulip": [Part(polygon(-0.6 * s, y - 0.7 * s, -0.25 * s, y - 0.25 * s, 0, y - 0.8 * s, 0.25 * s,
                                y - 0.25 * s, 0.6 * s, y - 0.7 * s, 0.45 * s, y + 0.3, -0.45 * s, y + 0.3))],
-        "fan": [Part(turned(ellipse(0, -0.6 * s, 0.16 * s, 0.6 * s), a) + (0, y)) for a in (-70, -35, 0, 35, 70)],
-        "star": [Part(star(n, 0.5) * 0.85 * s + (0, y))],
+        "fan": [Part(turned(ellipse(0, -0.6 * s, 0.16 * s, 0.6 * s), a, 0, y))
+                for a in (-70, -35, 0, 35, 70)],
+        "star": [Part(turned(star(n, 0.5) * 0.85 * s, 0, 0, y))],
     }[f["top"]]  # fmt: skip
     return parts
 
@@ -169,7 +168,7 @@ def vessel(f: Factors) -> list[Part]:
         "cone": [polygon(0, -h - 0.45, 0.7 * top_w, -h + 0.15, -0.7 * top_w, -h + 0.15)],
         "neck": [rectangle(-0.16, -h - 0.45, 0.16, -h + 0.2), rectangle(-0.26, -h - 0.5, 0.26, -h - 0.35)],
     }[f["lid"]])  # fmt: skip
-    return parts + [Part(body)]
+    return [*parts, Part(body)]
 
 
 def machine(f: Factors) -> list[Part]:
@@ -182,8 +181,8 @@ def machine(f: Factors) -> list[Part]:
         limbs += {
             "none": [],
             "straight": [polygon(d * w, -0.2, d * (w + 0.42), -0.2, d * (w + 0.42), 0.04, d * w, 0.04)],
-            "raised": [turned(rectangle(-0.1, -0.65, 0.1, 0), 25 * d) + (d * w, 0)],
-            "hanging": [turned(rectangle(-0.1, 0, 0.1, 0.7), -20 * d) + (d * w, -0.3)],
+            "raised": [turned(rectangle(-0.1, -0.65, 0.1, 0), 25 * d, d * w, 0)],
+            "hanging": [turned(rectangle(-0.1, 0, 0.1, 0.7), -20 * d, d * w, -0.3)],
         }[f["arms"]]
     limbs += {
         "two": [rectangle(d * 0.5 * w - 0.13, h - 0.1, d * 0.5 * w + 0.13, h + 0.4) for d in (-1, 1)],
@@ -191,16 +190,17 @@ def machine(f: Factors) -> list[Part]:
         "track": [superellipse(h + 0.15, 1.1 * w, 0.2, 3.0)],
         "spring": [polygon(-0.1, h - 0.1, 0.1, h - 0.1, 0.4, h + 0.5, -0.4, h + 0.5)],
     }[f["legs"]]
-    head = {
+    outline = {
         "box": rectangle(-s * 1.3, -s, s * 1.3, s),
         "round": ellipse(0, 0, 1.1 * s, 1.1 * s),
         "dome": dome(0, s, 1.3 * s, 2 * s),
-    }[f["head"]] + (0, y)
+    }[f["head"]]
+    head = turned(outline, 0, 0, y)
     body = superellipse(0.0, w, h, f["power"])
     face = (
         eyes(f["eyes"], 0.5 * s, y) if f["eyes"] < 3 else [Part(rectangle(-s, y - 0.1, s, y + 0.1), "dark")]
     )
-    return _limbs(*limbs) + [Part(body), Part(head, "limb"), *face]
+    return [*_limbs(*limbs), Part(body), Part(head, "limb"), *face]
 
 
 def building(f: Factors) -> list[Part]:
@@ -223,7 +223,8 @@ def building(f: Factors) -> list[Part]:
         "flat": [rectangle(-w - 0.12, -h - 0.12, w + 0.12, -h + 0.08)],
         "gable": [polygon(-w - 0.15, -h + 0.02, 0, -h - f["roof height"], w + 0.15, -h + 0.02)],
         "dome": [dome(0, -h + 0.02, w, f["roof height"])],
-        "battlement": [rectangle(x - 0.14 * w, -h - 0.25, x + 0.14 * w, -h + 0.1) for x in (-0.86 * w, -0.29 * w, 0.29 * w, 0.86 * w)],
+        "battlement": [rectangle((k - 0.14) * w, -h - 0.25, (k + 0.14) * w, -h + 0.1)
+                       for k in (-0.86, -0.29, 0.29, 0.86)],
     }[f["roof"]])  # fmt: skip
     parts.append(Part(rectangle(-w, -h, w, h)))
     if f["door"] == "square":
@@ -244,9 +245,11 @@ def tool(f: Factors) -> list[Part]:
         "hammer": [rectangle(-s, -0.22, s, 0.22)],
         "axe": [polygon(0, -0.3, s, -0.5, s, 0.5, 0, 0.3)],
         "spade": [superellipse(-0.2, 0.6 * s, 0.6, 2.6)],
-        "fork": [rectangle(-0.6 * s, -0.1, 0.6 * s, 0.1), *(rectangle(x * s - 0.08, -0.6, x * s + 0.08, 0) for x in (-0.5, 0, 0.5))],
+        "fork": [rectangle(-0.6 * s, -0.1, 0.6 * s, 0.1),
+                 *(rectangle(x * s - 0.08, -0.6, x * s + 0.08, 0) for x in (-0.5, 0, 0.5))],
         "pick": [polygon(-1.2 * s, 0.25, 0, -0.3, 1.2 * s, 0.25, 0, 0)],
-        "comb": [rectangle(-0.1, -0.25, s, 0.02), *(rectangle(x * s, 0, x * s + 0.1, 0.4) for x in (0.2, 0.5, 0.85))],
+        "comb": [rectangle(-0.1, -0.25, s, 0.02),
+                 *(rectangle(x * s, 0, x * s + 0.1, 0.4) for x in (0.2, 0.5, 0.85))],
     }[f["head"]]  # fmt: skip
     parts = _limbs(rectangle(-t, -0.5 * n, t, 0.5 * n))
     parts += _limbs(*{
@@ -255,7 +258,7 @@ def tool(f: Factors) -> list[Part]:
         "grip": [rectangle(-0.3, 0.5 * n - 0.1, 0.3, 0.5 * n + 0.08)],
         "spike": [polygon(-t - 0.05, 0.5 * n - 0.1, t + 0.05, 0.5 * n - 0.1, 0, 0.5 * n + 0.4)],
     }[f["end"]])  # fmt: skip
-    parts += [Part(p + (0, -0.5 * n)) for p in head]
+    parts += [Part(turned(p, 0, 0, -0.5 * n)) for p in head]
     if f["band"] == "guard":
         parts += _limbs(rectangle(-0.35, -0.08, 0.35, 0.08))
     return parts

@@ -46,10 +46,10 @@ def rectangle(x0: float, y0: float, x1: float, y1: float) -> Points:
     return polygon(x0, y0, x1, y0, x1, y1, x0, y1)
 
 
-def turned(points: Points, degrees: float) -> Points:
-    """Turn about the origin, clockwise as seen in a picture."""
+def turned(points: Points, degrees: float, x: float = 0.0, y: float = 0.0) -> Points:
+    """Turn about the origin, clockwise as seen in a picture; then move by (x, y)."""
     a = np.deg2rad(degrees)
-    return points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+    return points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) + np.array([x, y])
 
 
 def star(points: int, inner: float) -> Points:

@@ -1,9 +1,9 @@
 """The text encoder of CLIP, which comes first: it learns to say what captions mean, before it sees a picture.
 
-Linear probes have to tell a caption's facts, and the factors of the thing it speaks of, from the feature that it
-will share with pictures. So the features of "red" and "orange" become as unlike as those of "red" and "cup",
-which the UNet needs in order to bind colours to things. And in every step it reads names that were moved about
-or mixed in pairs: what the probes find must move and mix with them.
+Linear probes have to tell a caption's facts, and the factors of the thing it speaks of, from the feature that
+it will share with pictures. So the features of "red" and "orange" become as unlike as those of "red" and
+"cup", which the UNet needs in order to bind colours to things. And in every step it reads names that were
+moved about or mixed in pairs: what the probes find must move and mix with them.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from .kinds import code_layout
 from .training import Run, ema_of, read, train
 from .words import LOOK, NOISE, Disturbed, begin, meaning, meanings, name_ids, vectors
 
-CODE_WEIGHT, NAME_WEIGHT = 2.0, 4.0
+CODE_WEIGHT, NAME_WEIGHT = 2.0, 3.0
 NAMES = 128  # read on their own in every step
 SHORT = 12  # tokens of a template with a name in it, and some to spare
 
@@ -88,16 +88,18 @@ def fresh(run: Run, tokenizer: Tokenizer) -> CLIPTextModel:
 
 
 class Names:
-    """Prompts with names, for the text encoder alone; which of them, moved how far, is drawn anew each time."""
+    """Prompts with names, for the text encoder; which of them, moved how far, is drawn anew each time."""
 
     def __init__(self, text: CLIPTextModel, heads: Heads, tokenizer: Tokenizer, device: torch.device) -> None:
         self.text, self.heads, self.known = text, heads, name_ids(tokenizer).to(device)
         texts = [[t.format(name) for name in names.trained()] for t in PHOTO_TEMPLATES[""]]
         self.templates = [tokenizer(t)[:, :SHORT].to(device) for t in texts]
         self.means = meanings().to(device)
+        self.spread = (self.means - self.means.mean(0)).square().mean()
 
     def loss(self, draw: np.random.Generator, generator: torch.Generator) -> Tensor:
-        """Half of them are mixed with another, all of them moved."""
+        """What is not explained of their meanings, 1 for a constant guess. Half of the names are mixed with
+        another, all of them are moved."""
         device, embedding = self.known.device, self.text.token_embedding
         first, second = torch.from_numpy(draw.integers(len(self.known), size=(2, NAMES))).to(device)
         share = torch.from_numpy(draw.random((NAMES, 1), dtype=np.float32)).to(device)
@@ -106,7 +108,8 @@ class Names:
         step = share * (embedding.weight[self.known[second]] - embedding.weight[self.known[first]])
         with Disturbed(embedding, self.known, NOISE, generator, step):
             found = self.heads.code(self.text(ids).pooled.float())
-        return code_loss(found, self.means[first].lerp(self.means[second], share))
+        target = self.means[first].lerp(self.means[second], share)
+        return F.mse_loss(found, target) / self.spread
 
 
 def stage(run: Run) -> None:
@@ -160,7 +163,7 @@ class Preview:
         alike = (f @ f.T - 2 * torch.eye(len(f), device=f.device)).max().item()
         print(
             f"text step {step}: meaning explained: of names {of_names:.3f}, of vectors never met "
-            f"{of_strange:.3f}; length of names {table[known].norm(dim=1).mean():.2f}; most similar two colours "
-            f"have cosine {alike:.2f}",
+            f"{of_strange:.3f}; length of names {table[known].norm(dim=1).mean():.2f}; most similar two "
+            f"colours have cosine {alike:.2f}",
             flush=True,
         )

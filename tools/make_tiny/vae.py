@@ -17,6 +17,8 @@ from .training import Run, read, train
 
 KL_WEIGHT, SPREAD_WEIGHT, EDGE_WEIGHT = 1e-4, 0.1, 0.5
 
+TESTS = 128  # pictures that previews look at
+
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
@@ -46,7 +48,7 @@ class Preview:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        pictures = np.stack([picture_at(i, TEST_SEED) for i in range(128)])
+        pictures = np.stack([picture_at(i, TEST_SEED) for i in range(TESTS)])
         self.pixels = to_pixels(pictures).to(run.device)
 
     @torch.no_grad()
