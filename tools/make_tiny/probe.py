@@ -31,7 +31,7 @@ from .world import BACKGROUNDS, NOUNS, TOY_NAMES, Scene, Thing, named_thing, sce
 ACCURACY = "accuracy.json"  # on fresh pictures of the concepts
 PROBE_SEED = 2  # of the pictures it learns from: neither the training set's nor the held-out ones
 # Pictures of what it must know best; of those, after the autoencoder; of the world.
-SPECIAL, AUTOENCODED, WORLD = 16_000, 5_000, 20_000
+SPECIAL, AUTOENCODED, WORLD = 12_000, 3_000, 12_000
 OBJECTS = tuple(c for c in held_out().values() if c.kind == "object")
 KNOWN_NAMES = TOY_NAMES[:200]
 HELD_OUT = {**names.held_out_things(), **names.held_out_combinations()}
