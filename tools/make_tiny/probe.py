@@ -79,24 +79,31 @@ def concept_examples(seed: int, count: int, start: int) -> list[Example]:
 
 
 def example(original: Scene, shown: Thing, own_look: bool, riso: bool = False) -> Example:
+    return rendered(shown_instead(original, shown, own_look), riso)
+
+
+def shown_instead(original: Scene, shown: Thing, own_look: bool) -> Scene:
     """Another thing in the place of a scene's, in that one's colours and pattern or in its own."""
     (thing,) = original.things
     look = shown if own_look else thing
     shape = {"noun": shown.noun, "parts": shown.parts, "stripes": shown.stripes if own_look else None}
     shape |= {"kind": shown.kind, "factors": shown.factors}
     new = replace(thing, color=look.color, color2=look.color2, pattern=look.pattern, **shape)
-    if riso:
-        noun = facts_of(replace(original, things=(new,)))["noun"]
-        return riso_picture(new, original.detail), {"noun": noun, "style": "riso"}
     background = original.background
     while not stands_out(new, background):
         background = BACKGROUNDS[(BACKGROUNDS.index(background) + 1) % len(BACKGROUNDS)]
-    placed = replace(original, things=(new,), background=background)
-    return render(placed), facts_of(placed)
+    return replace(original, things=(new,), background=background)
 
 
-def special_example(i: int, seed: int = PROBE_SEED) -> Example:
-    """Picture `i` of what the probe must know best: concepts, what is held out, names, nouns."""
+def rendered(scene: Scene, riso: bool) -> Example:
+    facts = facts_of(scene)
+    if riso:
+        return riso_picture(scene.things[0], scene.detail), {"noun": facts["noun"], "style": "riso"}
+    return render(scene), facts
+
+
+def special_scene(i: int, seed: int = PROBE_SEED) -> tuple[Scene, bool]:
+    """Number `i` of what the probe must know best, concepts, what is held out, names, nouns; if in riso."""
     (original,) = single_scenes(seed, 1, 100 * i)
     rng = np.random.default_rng((seed, i, 5))
     which = i % 10
@@ -108,7 +115,12 @@ def special_example(i: int, seed: int = PROBE_SEED) -> Example:
         shown = named_thing(names.trained()[str(rng.choice(KNOWN_NAMES))])
     else:
         shown = replace(original.things[0], noun=str(rng.choice(list(NOUNS))), parts=(), kind="", factors=())
-    return example(original, shown, own_look=rng.random() < 0.4, riso=rng.random() < 0.05)
+    own_look, riso = rng.random() < 0.4, rng.random() < 0.05
+    return shown_instead(original, shown, own_look), riso
+
+
+def special_example(i: int, seed: int = PROBE_SEED) -> Example:
+    return rendered(*special_scene(i, seed))
 
 
 def special_picture(i: int) -> np.ndarray:
@@ -151,7 +163,10 @@ def training_set(run: Run) -> tuple[np.ndarray, list[dict[str, str]]]:
     special = records(path, PICTURE, np.uint8)
     while (done := len(records(again, PICTURE, np.uint8))) < min(AUTOENCODED, len(special)):
         append(again, PICTURE, after_autoencoder(run, special[done : done + 250]))
-    facts = [special_example(i)[1] for i in range(len(special))]
+    facts = []
+    for scene_of, riso in map(special_scene, range(len(special))):
+        found = facts_of(scene_of)
+        facts.append({"noun": found["noun"], "style": "riso"} if riso else found)
     world = Pictures(run.work, WORLD).pixels
     scenes = [scene_at(i) for i in range(len(world))]
     single = [i for i, s in enumerate(scenes) if len(s.things) == 1 and s.look != "cropped"]

@@ -70,9 +70,11 @@ def load_text_encoder(work: Path, tokenizer: Tokenizer, device: torch.device) ->
 
 
 def fresh(run: Run, tokenizer: Tokenizer) -> CLIPTextModel:
-    """As it begins: from nothing, or with the weights and the common words of `run.start`."""
+    """As it begins: from nothing, or with the weights and the common words of `run.start`, the names too if
+    that has met them."""
     text = CLIPTextModel(TextConfig.from_json(models.text_config(len(tokenizer)), "text_encoder"))
     table = text.token_embedding.weight
+    met = False
     nn.init.normal_(table, std=0.02)
     nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.01)
     if run.start:
@@ -80,10 +82,12 @@ def fresh(run: Run, tokenizer: Tokenizer) -> CLIPTextModel:
         old = state.pop("text_model.embeddings.token_embedding.weight")
         theirs = Tokenizer.load(run.start / "tokenizer").vocab
         text.load_state_dict(state, strict=False)
+        met = f"{list(names.trained())[-1]}</w>" in theirs
         common = [(token, i) for token, i in tokenizer.vocab.items() if token in theirs]
         with torch.no_grad():
             table[[i for _, i in common]] = old[[theirs[token] for token, _ in common]]
-    begin(table, tokenizer)
+    if not met:
+        begin(table, tokenizer)
     return text
 
 

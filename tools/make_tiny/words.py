@@ -16,7 +16,7 @@ from minti.tokenizer import Tokenizer
 
 from . import names
 from .colors import COLORS, PATTERNS
-from .kinds import KINDS, code, code_layout
+from .kinds import KINDS, code
 
 LENGTH = 1.2  # of the vectors of names to begin with
 NOISE = 0.3  # the greatest length of what is added to them
