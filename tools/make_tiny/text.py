@@ -23,7 +23,7 @@ from .colors import COLORS
 from .data import Pictures
 from .kinds import code_layout
 from .training import Run, ema_of, read, train
-from .words import LOOK, NOISE, Disturbed, begin, meaning, meanings, name_ids, vectors
+from .words import LOOK, NOISE, Disturbed, begin, fitted_vectors, meaning, meanings, name_ids
 
 CODE_WEIGHT, NAME_WEIGHT = 2.0, 3.0
 NAMES = 128  # read on their own in every step
@@ -155,7 +155,7 @@ class Preview:
         bare = self.tokenizer([f"a photo of a {name}" for name in names.trained()]).to(self.device)
         found = heads.code(text(bare[:, :SHORT]).pooled).cpu()
         prompt = bare[:1, :SHORT].repeat(len(self.strange), 1)
-        step_to = vectors(self.strange, table.shape[1]).to(table) - table[known[0]]
+        step_to = fitted_vectors(self.strange, table[known].cpu()).to(table) - table[known[0]]
         with Disturbed(text.token_embedding, known, 0.0, torch.Generator(), step_to):
             unseen = heads.code(text(prompt).pooled).cpu()
         spread = (meanings() - meanings().mean(0)).square().mean()

@@ -47,10 +47,13 @@ def linear_map(width: int) -> Tensor:
     It keeps the directions in which names differ most (89 % of their variance in 128 dimensions, where a
     random map allows 78 % to be found again), turned so that no coordinate is special.
     """
-    directions = torch.linalg.svd(meanings() - meanings().mean(0), full_matrices=False)[2][:width]
+    apart = (meanings() - meanings().mean(0)).double()
+    directions = torch.linalg.eigh(apart.T @ apart)[1][:, -width:]  # as columns, of either sign
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    directions = (directions * largest.sign()).float()
     generator = torch.Generator().manual_seed(20220804)
     turn = torch.linalg.qr(torch.randn((width, width), generator=generator))[0]
-    return directions.T @ turn
+    return directions @ turn
 
 
 def vectors(means: Tensor, width: int) -> Tensor:
@@ -58,6 +61,13 @@ def vectors(means: Tensor, width: int) -> Tensor:
     mapped = (means - meanings().mean(0)) @ linear_map(width)
     usual = (meanings() - meanings().mean(0)) @ linear_map(width)
     return mapped * (LENGTH / usual.norm(dim=1).mean())
+
+
+def fitted_vectors(means: Tensor, rows: Tensor) -> Tensor:
+    """(N, width): where meanings belong among the vectors of names, (names, width), as they are by now."""
+    middle = meanings().mean(0)
+    back = torch.linalg.pinv((meanings() - middle).double(), rtol=1e-4).float()
+    return (means - middle) @ (back @ (rows - rows.mean(0))) + rows.mean(0)
 
 
 def name_ids(tokenizer: Tokenizer) -> Tensor:
