@@ -413,6 +413,24 @@ def test_the_judge_is_shown_every_concept() -> None:
     assert {facts["style"] for _, facts in examples} == {*world.STYLES, "riso"}
 
 
+def test_the_judge_is_told_what_its_pictures_show() -> None:
+    """Of all sorts; without drawing them, the same."""
+    seen = set()
+    for i in range(30):
+        scene, riso = probe.special_scene(i)
+        picture, facts = probe.special_example(i)
+        (thing,) = scene.things
+        assert picture.shape == (64, 64, 3) and facts["noun"] == thing.noun in probe.READS["noun"]
+        assert facts["style"] == ("riso" if riso else scene.style)
+        assert riso or (world.stands_out(thing, scene.background) and facts["color2"] == (thing.color2 or ""))
+        groups = (world.NOUNS, concepts.held_out(), probe.HELD_OUT, probe.KNOWN_NAMES)
+        seen |= {k for k, group in enumerate(groups) if thing.noun in group}
+    assert seen == {0, 1, 2, 3}
+    photos = probe.photo_examples()
+    assert len(photos) == 2 * 6 * len(probe.OBJECTS)
+    assert (photos[1][0] == photos[0][0][:, ::-1]).all() and photos[0][1] == photos[1][1]
+
+
 def test_the_decoder_is_trained_alone(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
