@@ -92,7 +92,7 @@ def stage(run: Run) -> None:
     nn.init.zeros_(unet.conv_out.weight)  # the first guess is zero: the mean of what is to be predicted
     if run.start:
         unet.load_state_dict(read(run.start / "unet" / "diffusion_pytorch_model.safetensors"))
-    unet = unet.to(run.device)
+    unet = unet.to(run.device, memory_format=torch.channels_last)
     forward = torch.compile(unet) if run.device.type == "cuda" else unet
     with torch.no_grad():
         empty = text(pictures.tokenizer([""]).to(run.device)).context[0]
@@ -102,7 +102,8 @@ def stage(run: Run) -> None:
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         x0, eps, at, context = batches(step)
-        x0, t = x0 * scale, (at * (last + 1)).long().clamp(max=last)
+        x0 = (x0 * scale).contiguous(memory_format=torch.channels_last)
+        t = (at * (last + 1)).long().clamp(max=last)
         with run.autocast():
             prediction = forward(schedule.q_sample(x0, eps, t), t, context)
         return F.mse_loss(prediction.float(), schedule.target(x0, eps, t)), {}
