@@ -331,6 +331,16 @@ def test_stored_contexts_are_what_the_model_sees(work: Path) -> None:
     )
 
 
+def test_contexts_of_another_text_encoder_are_refused(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "contexts").symlink_to(work / "contexts")
+    state = torch.load(work / "text" / "state.pt", weights_only=True)
+    state["ema"]["text_encoder"]["text_model.final_layer_norm.bias"] += 1
+    (tmp_path / "text").mkdir()
+    torch.save(state, tmp_path / "text" / "state.pt")
+    with pytest.raises(InputError, match="of an older text encoder"):
+        contexts.stored_contexts(tmp_path)
+
+
 def stopped_and_resumed(stage: ModuleType, name: str, model: str, work: Path, folder: Path) -> None:
     """Three steps in one go, and in pieces of one and two, are the same to the bit."""
     found = []
