@@ -88,9 +88,9 @@ def main(argv: Sequence[str] | None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     def record(row: str, sd: minti.StableDiffusion, words: dict[str, names.Named]) -> None:
-        truths, readings, pictures = found = paint(sd, probe, words)
+        found = paint(sd, probe, words)
         rows[row] = [a + b for a, b in zip(rows.get(row, ([], [])), found, strict=False)]
-        shown.extend(pictures)
+        shown.extend(found[2])
         sheet(shown, 2 * (1 + len(NEW_PLACES)), 1).save(args.out / "sheet.png")
         print(table({row: shares(*rows[row]) for row in rows}), flush=True)
 
