@@ -116,4 +116,4 @@ def stage(run: Run) -> None:
         folder.mkdir(exist_ok=True)
         sheet([np.asarray(image) for image in images], 8).save(folder / f"step-{step:06d}.png")
 
-    train(run, {"unet": unet}, loss_of, preview, every=500)
+    train(run, {"unet": unet}, loss_of, preview, every=250)
