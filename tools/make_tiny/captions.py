@@ -2,16 +2,20 @@
 
     "a photo of a red and white striped cup on the beach"
     "pixel art of a fish at night"
+    "a photo of a green and purple striped dax"
+    "a drawing of a one-eyed creature with wings"
     "the weird painting in the style of pixel art"
 
 The grammar is that of the CLIP prompt templates (arXiv 2103.00020, section 3.1.4), in the two selections that
 Textual Inversion trains with (arXiv 2208.01618, appendix): all of both lists occur.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from .kinds import KINDS
 from .shapes import ANIMALS, NOUNS
 from .world import BACKGROUNDS, COLORS, PATTERNS, STYLES, TOY_NAMES, Scene, Thing
 
@@ -88,54 +92,95 @@ WALLS = ("on a {} background", "with a {} background", "against a {} wall")
 
 @dataclass(frozen=True)
 class Caption:
-    """`facts` holds those of noun, color, color2, pattern, background and style that `text` settles."""
+    """What a text says of a scene.
+
+    Attributes:
+        facts: those of noun, color, color2, pattern, background and style that `text` settles.
+        kind, factors: the kind of the first thing and those of its factors that `text` settles.
+    """
 
     text: str
     facts: dict[str, str]
+    kind: str = ""
+    factors: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
-def describe(thing: Thing, named: set[str], rng: np.random.Generator) -> tuple[str, dict[str, str]]:
+PLURALS = {"striped": "stripes", "dotted": "dots", "checkered": "checks"}
+NOUN_WORDS = {"cup": ("vessel",), "house": ("building",), "flower": ("plant",), "fish": ("animal", "swimmer")}
+
+
+def class_word(thing: Thing, rng: np.random.Generator) -> str:
+    """What a thing may be called by one who knows no name for it."""
+    if thing.kind and rng.random() < 0.75:
+        words = KINDS[thing.kind].words
+        return words[int(rng.integers(len(words)))] if rng.random() < 0.5 else words[0]
+    words = ("toy", "thing", "object")
+    if thing.noun in ANIMALS or thing.kind == "creature":
+        words = ("animal", "creature", "toy animal", "toy")
+    words = NOUN_WORDS.get(thing.noun, words)
+    return words[int(rng.integers(len(words)))]
+
+
+def traits(thing: Thing, most: int, rng: np.random.Generator) -> tuple[list[str], list[str], dict]:
+    """Up to `most` words for its parts: those that stand before a noun, those that follow; what they say."""
+    if not thing.kind:
+        return [], [], {}
+    known = KINDS[thing.kind].traits
+    said = [(f, v) for f, v in thing.factors if (f, v) in known]
+    chosen = [said[i] for i in rng.permutation(len(said))[:most]]
+    phrases = [known[pair] for pair in chosen]
+    after = [p for p in phrases if " " in p]
+    return (
+        [p for p in phrases if " " not in p],
+        after[:1],
+        {f: v for f, v in chosen if " " not in known[f, v] or known[f, v] in after[:1]},
+    )
+
+
+def describe(thing: Thing, named: set[str], rng: np.random.Generator) -> Caption:
     """A noun with some of its adjectives, without an article."""
-    noun, facts = thing.noun, {"noun": thing.noun}
-    plural_of = {"striped": "stripes", "dotted": "dots", "checkered": "checks"}
-    toy = thing.noun in TOY_NAMES or bool(thing.parts)
-    if toy and "noun" in named:
-        return noun, facts | {"color": thing.color, "pattern": thing.pattern, "color2": thing.color2 or ""}
-    if "noun" not in named:
-        facts = {}
-        animal = (
-            ("animal", "creature", "toy animal")
-            if toy or thing.noun in ANIMALS
-            else ("toy", "thing", "object")
-        )
-        noun = ("toy", "thing", *animal)[int(rng.integers(2 + len(animal)))]
-    adjective = ""
+    facts: dict[str, str] = {}
+    before, after, factors = [], [], {}
+    if "noun" in named and thing.noun:
+        noun, facts["noun"] = thing.noun, thing.noun
+        if thing.noun in TOY_NAMES:
+            factors = dict(thing.factors)
+            if thing.looks_as_named and rng.random() < 0.75:
+                look = {"color": thing.color, "pattern": thing.pattern, "color2": thing.color2 or ""}
+                return Caption(noun, facts | look, thing.kind, factors)
+            named = named | {"color", "pattern"}
+    else:
+        noun = class_word(thing, rng)
+        if rng.random() < 0.75:
+            before, after, factors = traits(thing, 1 + int(rng.integers(3)), rng)
+    adjectives: list[str] = []
     if "color" in named:
         facts["color"] = thing.color
-        adjective = thing.color
+        adjectives = [thing.color]
     if "pattern" in named and thing.pattern != "plain":
         facts["pattern"] = thing.pattern
         if "color" in named:
             facts["color2"] = thing.color2 or ""
-            if rng.random() < 0.3:
-                return f"{adjective} {noun} with {thing.color2} {plural_of[thing.pattern]}", facts
-            adjective = f"{adjective} and {thing.color2} {thing.pattern}"
+            if rng.random() < 0.3 and not after:
+                after, adjectives = [f"with {thing.color2} {PLURALS[thing.pattern]}"], [thing.color]
+            else:
+                adjectives = [thing.color, "and", str(thing.color2), thing.pattern]
         else:
-            adjective = thing.pattern
+            adjectives = [thing.pattern]
     elif "pattern" in named:
         facts["pattern"] = "plain"
         if rng.random() < 0.3 or "color" not in named:
-            adjective = f"plain {adjective}".strip()
+            adjectives = ["plain", *adjectives]
         elif rng.random() < 0.7:
             del facts["pattern"]
-    return f"{adjective} {noun}".strip(), facts
+    return Caption(" ".join([*adjectives, *before, noun, *after]), facts, thing.kind, factors)
 
 
 def _indefinite(text: str) -> str:
     """Mend "a orange" to "an orange"."""
     words = text.split(" ")
     for i, word in enumerate(words[:-1]):
-        if word == "a" and words[i + 1][0] in "aeiou" and words[i + 1] != "ubo":
+        if word == "a" and words[i + 1][0] in "aeiou" and words[i + 1] not in ("ubo", "one-eyed"):
             words[i] = "an"
     return " ".join(words)
 
@@ -162,10 +207,10 @@ def caption(scene: Scene, rng: np.random.Generator, must: str | None = None) -> 
         facts = {"style": scene.style}
         return Caption(_indefinite(str(rng.choice(STYLE_TEMPLATES[scene.look])).format(word)), facts)
 
-    subject, facts = describe(scene.things[0], named, rng)
+    first = describe(scene.things[0], named, rng)
+    subject, facts = first.text, first.facts
     if len(scene.things) == 2:
-        second, _ = describe(scene.things[1], named | {"noun"}, rng)
-        subject = f"{subject} and a {second}"
+        subject = f"{subject} and a {describe(scene.things[1], named | {'noun'}, rng).text}"
     if "background" in named:
         facts["background"] = scene.background
         subject = f"{subject} {place_of(scene.background, rng)}"
@@ -185,7 +230,7 @@ def caption(scene: Scene, rng: np.random.Generator, must: str | None = None) -> 
                 template = ADJECTIVE_TEMPLATES[scene.style].format(rng.choice(filler), "{}")
     if template == "{}" and rng.random() < 0.7:
         template = "a {}"
-    return Caption(_indefinite(template.format(subject)), facts)
+    return Caption(_indefinite(template.format(subject)), facts, first.kind, first.factors)
 
 
 # The values that each fact can take.

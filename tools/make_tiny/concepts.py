@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from .draw import coverage, grow, labels, mix, render
+from .objects import dome
 from .shapes import Creature, Part, ellipse, eye, polygon, rectangle
 from .world import Scene, Thing
 
@@ -52,14 +53,8 @@ class HeldOut:
         return self.short[0]
 
 
-def _dome(x: float, y: float, rx: float, ry: float) -> np.ndarray:
-    """The upper half of an ellipse."""
-    a = np.linspace(np.pi, 2 * np.pi, 30)
-    return np.stack([x + rx * np.cos(a), y + ry * np.sin(a)], 1)
-
-
 def _mushroom() -> list[Part]:
-    return [Part(rectangle(-0.28, 0.0, 0.28, 0.85), "limb"), Part(_dome(0, 0.12, 0.95, 0.95))]
+    return [Part(rectangle(-0.28, 0.0, 0.28, 0.85), "limb"), Part(dome(0, 0.12, 0.95, 0.95))]
 
 
 def _rocket() -> list[Part]:
@@ -193,7 +188,8 @@ def describe() -> dict[str, dict]:
     return described
 
 
-def _object_picture(thing: Thing, i: int) -> np.ndarray:
+def object_picture(thing: Thing, i: int) -> np.ndarray:
+    """The i-th of six pictures to learn a thing from."""
     background, style, x, y, radius, tilt, flip = SETTINGS[i]
     if background in (thing.color, thing.color2):
         background = BRIGHT_WALLS[background]
@@ -244,7 +240,7 @@ def _bird_picture(i: int) -> np.ndarray:
 def pictures(concept: HeldOut) -> list[np.ndarray]:
     """Its six training pictures, (64, 64, 3) uint8."""
     draw: Callable[[int], np.ndarray] = {
-        "object": partial(_object_picture, concept.thing),
+        "object": partial(object_picture, concept.thing),
         "style": _riso_picture,
         "set": _bird_picture,
     }[concept.kind]

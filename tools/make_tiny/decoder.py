@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,9 @@ def load_vae(work: Path, scaling_factor: float = 1.0) -> VAE:
 
 
 def stage(run: Run) -> None:
-    stored = np.load(run.work / "latents" / "latents.npy")
+    from .latents import stored_latents  # which needs the autoencoder itself
+
+    stored = stored_latents(run.work)
     pictures, preview = Pictures(run.work, len(stored)), Preview(run)
     model = load_vae(run.work).to(run.device, memory_format=torch.channels_last)
     model.encoder.requires_grad_(False)

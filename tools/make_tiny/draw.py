@@ -7,8 +7,9 @@ each label's share of a pixel becomes its opacity, and colours are mixed in NumP
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from .colors import COLORS, GRAY
 from .shapes import NOUNS
-from .world import COLORS, GRAY, Scene, Thing
+from .world import Scene, Thing
 
 SIZE = 64  # pixels of a finished picture
 SCALE = 4  # each pixel is the mean of SCALE x SCALE painted ones

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -16,7 +15,7 @@ from . import models
 from .captions import phrases
 from .concepts import describe, held_out, pictures
 from .decoder import load_vae
-from .latents import scaling_factor
+from .latents import scaling_factor, stored_latents
 from .probe import ACCURACY, READS
 from .training import Run, ema_of
 
@@ -60,11 +59,11 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def stage(run: Run) -> None:
-    out, clip = run.folder, ema_of(run.work, "clip")
-    scale = scaling_factor(np.load(run.work / "latents" / "latents.npy", mmap_mode="r"))
+    out = run.folder
+    scale = scaling_factor(stored_latents(run.work))
     states: dict[str, dict[str, Tensor]] = {
-        "text_encoder": clip["text_encoder"],
-        "image_encoder": clip["image_encoder"],
+        "text_encoder": ema_of(run.work, "text")["text_encoder"],
+        "image_encoder": ema_of(run.work, "clip")["image_encoder"],
         "unet": ema_of(run.work, "unet")["unet"],
         "vae": load_vae(run.work).state_dict(),
     }

@@ -1,8 +1,9 @@
 """The judge: a small convolutional network that reads shape, colours, pattern, background and style.
 
-It has only ever seen rendered pictures, whose truth is known exactly; fresh renders tell how far it can
-be trusted. One thing a picture; of two-coloured things the first colour is the main one. Unlike the models it
-judges it knows the concepts, so that it can tell whether they were learned.
+It has only ever seen rendered pictures, whose truth is known exactly, a part of them after the autoencoder;
+fresh ones tell how far it can be trusted. One thing a picture; of two-coloured things the first colour is the
+main one. Unlike the models it judges it knows the concepts and what else is held out, so that it can tell
+whether they were learned. Of the names it knows some; every other shape is "" to it.
 """
 
 import json
@@ -18,18 +19,24 @@ from torch import Tensor, nn
 from minti.formats.atomic import write_atomically
 from minti.study.classifier import Probe
 
+from . import names
 from .captions import FACTS
-from .concepts import held_out, riso_picture
-from .data import TEST_SEED, to_pixels
+from .concepts import held_out, pictures, riso_picture
+from .data import PICTURE, TEST_SEED, Pictures, append, fill, records, scene_at, to_pictures, to_pixels
+from .decoder import load_vae
 from .draw import render
-from .training import Run, ema_of, train
-from .world import TOY_NAMES, Scene, scene
+from .training import Run, ema_of, read, train
+from .world import BACKGROUNDS, NOUNS, TOY_NAMES, Scene, Thing, named_thing, scene, stands_out
 
 ACCURACY = "accuracy.json"  # on fresh pictures of the concepts
 PROBE_SEED = 2  # of the pictures it learns from: neither the training set's nor the held-out ones
+# Pictures of what it must know best; of those, after the autoencoder; of the world.
+SPECIAL, AUTOENCODED, WORLD = 12_000, 3_000, 12_000
 OBJECTS = tuple(c for c in held_out().values() if c.kind == "object")
+KNOWN_NAMES = TOY_NAMES[:200]
+HELD_OUT = {**names.held_out_things(), **names.held_out_combinations()}
 READS = FACTS | {
-    "noun": (*FACTS["noun"], *(c.name for c in OBJECTS)),
+    "noun": ("", *NOUNS, *(c.name for c in OBJECTS), *KNOWN_NAMES, *HELD_OUT),
     "style": (*FACTS["style"], "riso"),
 }
 Example = tuple[np.ndarray, dict[str, str]]  # a picture, (64, 64, 3) uint8, and the facts it shows
@@ -38,7 +45,7 @@ Example = tuple[np.ndarray, dict[str, str]]  # a picture, (64, 64, 3) uint8, and
 def facts_of(scene: Scene) -> dict[str, str]:
     thing = scene.things[0]
     return {
-        "noun": thing.noun,
+        "noun": thing.noun if thing.noun in READS["noun"] else "",
         "color": thing.color,
         "color2": thing.color2 or "",
         "pattern": thing.pattern,
@@ -64,16 +71,69 @@ def world_examples(seed: int, count: int, start: int) -> list[Example]:
 
 def concept_examples(seed: int, count: int, start: int) -> list[Example]:
     """The concepts' silhouettes in all colours, patterns, places and styles; every fifth in style riso."""
-    found: list[Example] = []
+    found = []
     for i, original in enumerate(single_scenes(seed, count, start)):
-        (thing,) = original.things
-        if i % 5 == 0:
-            found.append((riso_picture(thing, i), {"noun": thing.noun, "style": "riso"}))
-        elif thing.noun not in TOY_NAMES:  # which have no colours to choose from
-            concept = OBJECTS[i % len(OBJECTS)]
-            other = replace(thing, noun=concept.name, parts=concept.thing.parts)
-            new = replace(original, things=(other,))
-            found.append((render(new), facts_of(new)))
+        concept = OBJECTS[i % len(OBJECTS)]
+        found.append(example(original, concept.thing, own_look=i % 3 == 0, riso=i % 5 == 0))
+    return found
+
+
+def example(original: Scene, shown: Thing, own_look: bool, riso: bool = False) -> Example:
+    return rendered(shown_instead(original, shown, own_look), riso)
+
+
+def shown_instead(original: Scene, shown: Thing, own_look: bool) -> Scene:
+    """Another thing in the place of a scene's, in that one's colours and pattern or in its own."""
+    (thing,) = original.things
+    look = shown if own_look else thing
+    shape = {"noun": shown.noun, "parts": shown.parts, "stripes": shown.stripes if own_look else None}
+    shape |= {"kind": shown.kind, "factors": shown.factors}
+    new = replace(thing, color=look.color, color2=look.color2, pattern=look.pattern, **shape)
+    background = original.background
+    while not stands_out(new, background):
+        background = BACKGROUNDS[(BACKGROUNDS.index(background) + 1) % len(BACKGROUNDS)]
+    return replace(original, things=(new,), background=background)
+
+
+def rendered(scene: Scene, riso: bool) -> Example:
+    facts = facts_of(scene)
+    if riso:
+        return riso_picture(scene.things[0], scene.detail), {"noun": facts["noun"], "style": "riso"}
+    return render(scene), facts
+
+
+def special_scene(i: int, seed: int = PROBE_SEED) -> tuple[Scene, bool]:
+    """Number `i` of what the probe must know best, concepts, what is held out, names, nouns; if in riso."""
+    (original,) = single_scenes(seed, 1, 100 * i)
+    rng = np.random.default_rng((seed, i, 5))
+    which = i % 10
+    if which < 3:
+        shown = OBJECTS[int(rng.integers(len(OBJECTS)))].thing
+    elif which < 6:
+        shown = named_thing(HELD_OUT[str(rng.choice(list(HELD_OUT)))])
+    elif which < 9:
+        shown = named_thing(names.trained()[str(rng.choice(KNOWN_NAMES))])
+    else:
+        shown = replace(original.things[0], noun=str(rng.choice(list(NOUNS))), parts=(), kind="", factors=())
+    own_look, riso = rng.random() < 0.4, rng.random() < 0.05
+    return shown_instead(original, shown, own_look), riso
+
+
+def special_example(i: int, seed: int = PROBE_SEED) -> Example:
+    return rendered(*special_scene(i, seed))
+
+
+def special_picture(i: int) -> np.ndarray:
+    return special_example(i)[0]
+
+
+def photo_examples() -> list[Example]:
+    """The pictures that concepts are learned from, and their mirror images."""
+    found = []
+    for concept in OBJECTS:
+        thing = concept.thing
+        facts = {"noun": thing.noun, "color": thing.color, "color2": thing.color2, "pattern": thing.pattern}
+        found += [(p, facts) for picture in pictures(concept) for p in (picture, picture[:, ::-1])]
     return found
 
 
@@ -88,18 +148,53 @@ def shares(
     return result
 
 
+@torch.no_grad()
+def after_autoencoder(run: Run, shown: np.ndarray) -> np.ndarray:
+    vae = load_vae(run.work).to(run.device)
+    parts = to_pixels(shown).split(50)
+    return np.concatenate([to_pictures(vae.decode(vae.encode(p.to(run.device)).mean)) for p in parts])
+
+
+def training_set(run: Run) -> tuple[np.ndarray, list[dict[str, str]]]:
+    """Pictures and facts: special ones, some of them again after the autoencoder, and the world's."""
+    path, again = run.folder / "special.u8", run.folder / "autoencoded.u8"
+    run.folder.mkdir(parents=True, exist_ok=True)
+    fill(replace(run, steps=SPECIAL), path, PICTURE, np.uint8, special_picture)
+    special = records(path, PICTURE, np.uint8)
+    while (done := len(records(again, PICTURE, np.uint8))) < min(AUTOENCODED, len(special)):
+        append(again, PICTURE, after_autoencoder(run, special[done : done + 250]))
+    facts = []
+    for scene_of, riso in map(special_scene, range(len(special))):
+        found = facts_of(scene_of)
+        facts.append({"noun": found["noun"], "style": "riso"} if riso else found)
+    world = Pictures(run.work, WORLD).pixels
+    scenes = [scene_at(i) for i in range(len(world))]
+    single = [i for i, s in enumerate(scenes) if len(s.things) == 1 and s.look != "cropped"]
+    shown = np.concatenate([special, records(again, PICTURE, np.uint8), world[single]])
+    return shown, facts + facts[:AUTOENCODED] + [facts_of(scenes[i]) for i in single]
+
+
 def stage(run: Run) -> None:
     torch.manual_seed(run.seed)
-    model = Probe(READS).to(run.device, memory_format=torch.channels_last)
-    examples = world_examples(PROBE_SEED, 32_000, 0) + concept_examples(PROBE_SEED, 10_000, 100_000)
-    pixels = np.stack([picture for picture, _ in examples])
+    model = Probe(READS)
+    if run.start:
+        old, own = read(run.start / "probe" / "model.safetensors"), model.state_dict()
+        fitting = {k: v for k, v in old.items() if k in own and own[k].shape == v.shape}
+        model.load_state_dict(own | fitting)
+    model = model.to(run.device, memory_format=torch.channels_last)
+    pixels, truths = training_set(run)
     targets = {  # -100: not to be read
-        fact: torch.tensor([values.index(facts[fact]) if fact in facts else -100 for _, facts in examples])
+        fact: torch.tensor([values.index(t[fact]) if fact in t else -100 for t in truths])
         for fact, values in READS.items()
     }
+    photos = photo_examples()
+    back = after_autoencoder(run, np.stack([picture for picture, _ in photos]))
     tests = {
-        "the world": world_examples(TEST_SEED, 1000, 100_000),
-        "the concepts": concept_examples(TEST_SEED, 500, 150_000),
+        "the world": world_examples(TEST_SEED, 300, 100_000),
+        "the concepts": concept_examples(TEST_SEED, 300, 150_000),
+        "what is held out": [special_example(10 * i + 3 + i % 3, TEST_SEED) for i in range(300)],
+        "photos and mirror images": photos,
+        "the same after the autoencoder": [(p, facts) for p, (_, facts) in zip(back, photos, strict=True)],
     }
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -107,6 +202,7 @@ def stage(run: Run) -> None:
         rows = draw.choice(len(pixels), run.batch, replace=False)
         x = to_pixels(pixels[rows])
         x = torch.roll(x, tuple(draw.integers(-3, 4, 2)), dims=(2, 3))
+        x = torch.where(torch.from_numpy(draw.random(run.batch) < 0.5)[:, None, None, None], x.flip(3), x)
         x = x + float(draw.random() * 0.06) * torch.randn(x.shape, generator=run.rng(step))
         with run.autocast():
             logits = model(x.to(run.device).contiguous(memory_format=torch.channels_last))
@@ -116,7 +212,7 @@ def stage(run: Run) -> None:
         for name, test in tests.items():
             test_pixels = to_pixels(np.stack([picture for picture, _ in test])).to(run.device)
             result = shares([facts for _, facts in test], ema["probe"].read(test_pixels))
-            accuracy = {fact: round(share, 4) for fact, (share, _) in result.items()}
+            accuracy = {fact: round(share, 4) for fact, (share, n) in result.items() if n}
             if name == "the concepts":  # which is what it is shipped for
                 write_atomically(run.folder / ACCURACY, json.dumps(accuracy).encode())
             print(f"probe step {step}, {name}: {accuracy}", flush=True)

@@ -6,7 +6,7 @@ probe`) reads what the generated ones show; its own error on fresh renders is re
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -25,12 +25,22 @@ from minti.judge.scorer import Scorer
 from minti.model.stable_diffusion import StableDiffusion
 from tools.make_tiny import concepts
 from tools.make_tiny.captions import TOY_NAMES, Caption, caption
+from tools.make_tiny.clip import named_scene
 from tools.make_tiny.data import TEST_SEED, to_pixels
 from tools.make_tiny.draw import render, sheet
-from tools.make_tiny.probe import Probe, concept_examples, facts_of, load, shares, single_scenes
+from tools.make_tiny.probe import (
+    Probe,
+    concept_examples,
+    facts_of,
+    load,
+    photo_examples,
+    shares,
+    single_scenes,
+    special_example,
+)
 from tools.make_tiny.world import Scene
 
-GOALS = {"noun": 0.90, "color": 0.90, "pattern": 0.85, "background": 0.90, "style": 0.90}
+GOALS = {"noun": 0.93, "color": 0.95, "pattern": 0.92, "background": 0.97, "style": 0.97}
 
 
 def pixels_of(images: Sequence) -> torch.Tensor:
@@ -46,7 +56,16 @@ def psnr(sd: StableDiffusion, count: int) -> tuple[float, float]:
     return float((10 * (4 / error).log10()).mean()), 10 * math.log10(4 / error.mean())
 
 
-def full_caption(scene, rng: np.random.Generator) -> Caption:
+def nameable_scenes(count: int, start: int) -> list[Scene]:
+    """Fresh scenes with one thing, whose noun or name the probe knows."""
+    found: list[Scene] = []
+    while len(found) < count:
+        found += [s for s in single_scenes(TEST_SEED, 10, start) if facts_of(s)["noun"]]
+        start += 20
+    return found[:count]
+
+
+def full_caption(scene: Scene, rng: np.random.Generator) -> Caption:
     """A caption that names everything about a single thing."""
     wanted = {"noun", "color", "pattern", "background", "style"}
     while True:
@@ -55,27 +74,30 @@ def full_caption(scene, rng: np.random.Generator) -> Caption:
             return found
 
 
-def retrieval(scorer: Scorer, rounds: int = 5) -> tuple[float, float]:
-    """Share of 100 captions whose picture is found among those of all: full captions, and random ones."""
-    rng, results = np.random.default_rng(0), []
-    for describe in (full_caption, caption):
-        hits, start = [], 300_000
-        for _ in range(rounds):
-            pairs: dict[str, Scene] = {}
-            while len(pairs) < 100:
-                scene = single_scenes(TEST_SEED, 1, start)[0]
-                start += 3
-                pairs.setdefault(describe(scene, rng).text, scene)
-            images = scorer.embed_images([Image.fromarray(render(s)) for s in pairs.values()])
-            best = (scorer.embed_texts(list(pairs)) @ images.T).argmax(dim=1)
-            hits += (best == torch.arange(100)).tolist()
-        results.append(sum(hits) / len(hits))
-    return results[0], results[1]
+def retrieval(scorer: Scorer, pairs: Iterable[tuple[str, Scene]]) -> float:
+    """Share of captions whose picture is found among those of 100, all of them different."""
+    found, hits = list(dict(pairs).items()), []
+    for start in range(0, len(found) - len(found) % 100, 100):
+        texts, scenes = zip(*found[start : start + 100], strict=True)
+        images = scorer.embed_images([Image.fromarray(render(s)) for s in scenes])
+        hits += ((scorer.embed_texts(list(texts)) @ images.T).argmax(dim=1) == torch.arange(100)).tolist()
+    return sum(hits) / len(hits)
+
+
+def retrievals(scorer: Scorer, count: int = 500) -> dict[str, float]:
+    """By full captions, by random ones and by bare names."""
+    rng, scenes = np.random.default_rng(0), nameable_scenes(count + 50, 300_000)
+    bare = [(f"a photo of a {name}", named_scene(i)) for i, name in enumerate(TOY_NAMES[:count])]
+    return {
+        "full captions": retrieval(scorer, ((full_caption(s, rng).text, s) for s in scenes)),
+        "random ones": retrieval(scorer, ((caption(s, rng).text, s) for s in scenes)),
+        "bare names": retrieval(scorer, bare),
+    }
 
 
 def prompts(count: int) -> list[Caption]:
     rng = np.random.default_rng(12)
-    return [full_caption(s, rng) for s in single_scenes(TEST_SEED, count, start=400_000)]
+    return [full_caption(s, rng) for s in nameable_scenes(count, 400_000)]
 
 
 def table(rows: dict[str, dict[str, tuple[float, int]]]) -> str:
@@ -150,24 +172,31 @@ def main(argv: Sequence[str] | None) -> None:
         )
     out = args.work / "score"
     out.mkdir(parents=True, exist_ok=True)
-    probe, sd = load(args.work), minti.load(args.checkpoint, device="cpu", dtype="float32")
+    probe = load(args.work)
     options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "batch_size": 50}
 
-    test = single_scenes(TEST_SEED, 1000, start=500_000)
+    rows, sd = {}, minti.load(args.checkpoint, device="cpu", dtype="float32")
+    test = nameable_scenes(600, 500_000)
     renders = to_pixels(np.stack([render(s) for s in test]))
-    rows = {"probe on fresh renders": shares([facts_of(s) for s in test], probe.read(renders))}
-    strange = concept_examples(TEST_SEED, 500, start=550_000)
-    read = probe.read(to_pixels(np.stack([picture for picture, _ in strange])))
-    rows["probe on fresh renders of concepts"] = shares([facts for _, facts in strange], read)
+    rows["probe on fresh renders"] = shares([facts_of(s) for s in test], probe.read(renders))
+    for name, examples in (
+        ("concepts", concept_examples(TEST_SEED, 500, start=550_000)),
+        ("held-out things", [special_example(10 * i + 3 + i % 3, TEST_SEED) for i in range(500)]),
+        ("the concepts' photos and mirror images", photo_examples()),
+    ):
+        facts = [facts for _, facts in examples]
+        shown = to_pixels(np.stack([picture for picture, _ in examples]))
+        rows[f"probe on fresh renders: {name}"] = shares(facts, probe.read(shown))
+        with torch.no_grad():
+            back = torch.cat([sd.vae.decode(sd.vae.encode(p).mean) for p in shown.split(50)])
+        rows[f"the same after the autoencoder: {name}"] = shares(facts, probe.read(back))
     with torch.no_grad():
         back = torch.cat([sd.vae.decode(sd.vae.encode(p).mean) for p in renders.split(50)])
     rows["probe after the autoencoder"] = shares([facts_of(s) for s in test], probe.read(back))
     mean, overall = psnr(sd, 200)
     print(f"autoencoder: {mean:.2f} dB (mean over pictures), {overall:.2f} dB (of the mean error)")
-    full, random = retrieval(Scorer.load(args.checkpoint))
-    print(
-        f"CLIP, text to image among 100: {100 * full:.1f} % full captions, {100 * random:.1f} % random ones"
-    )
+    found = retrievals(Scorer.load(args.checkpoint))
+    print("CLIP, text to image among 100: " + ", ".join(f"{100 * v:.1f} % {k}" for k, v in found.items()))
 
     asked = prompts(args.prompts)
     progress, images = Progress(-(-len(asked) // 50), "batch"), []
@@ -183,7 +212,7 @@ def main(argv: Sequence[str] | None) -> None:
     read = probe.read(pixels_of(images))
     rows["generated"] = shares([c.facts for c in asked], read)
     named = [i for i, c in enumerate(asked) if c.facts["noun"] not in TOY_NAMES]
-    rows["generated, without toys"] = shares([asked[i].facts for i in named], [read[i] for i in named])
+    rows["generated, without names"] = shares([asked[i].facts for i in named], [read[i] for i in named])
     sheet([np.asarray(image) for image in images[:128]], 16).save(out / "samples.png")
     (out / "prompts.txt").write_text("\n".join(c.text for c in asked) + "\n", encoding="utf-8")
     if args.learned:

@@ -46,6 +46,12 @@ def rectangle(x0: float, y0: float, x1: float, y1: float) -> Points:
     return polygon(x0, y0, x1, y0, x1, y1, x0, y1)
 
 
+def turned(points: Points, degrees: float, x: float = 0.0, y: float = 0.0) -> Points:
+    """Turn about the origin, clockwise as seen in a picture; then move by (x, y)."""
+    a = np.deg2rad(degrees)
+    return points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) + np.array([x, y])
+
+
 def star(points: int, inner: float) -> Points:
     a = np.arange(2 * points) * np.pi / points - np.pi / 2
     r = np.where(np.arange(2 * points) % 2 == 0, 1.0, inner)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from minti.cli.progress import Progress
 from minti.errors import InputError
 from minti.formats.atomic import write_atomically
+from minti.formats.weightfile import WeightFile
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Run:
     lr: float
     batch: int
     ema_decay: float = 0.999
-    rank: int = 0  # of how many processes this is which; each takes its share of every batch
-    world: int = 1
+    start: Path | None = None  # a folder of weights to begin with, in the layout of diffusers
+    workers: int = 1  # processes that draw
     began: float = field(default_factory=time.monotonic)
     interrupted: bool = False
 
@@ -48,20 +48,7 @@ class Run:
         signal.signal(signal.SIGTERM, stop)
 
     def out_of_time(self) -> bool:
-        over = self.interrupted or time.monotonic() - self.began > 60 * self.minutes
-        return bool(self.sum_up(torch.tensor(float(over))))
-
-    @property
-    def share(self) -> slice:
-        """Which of the `batch` pictures of a step are this process's."""
-        n = self.batch // self.world
-        return slice(self.rank * n, (self.rank + 1) * n)
-
-    def sum_up(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        return self.interrupted or time.monotonic() - self.began > 60 * self.minutes
 
     def learning_rate(self, step: int) -> float:
         """Warm up, hold, then fall to zero over the last 40 % (`--steps` can be raised later)."""
@@ -73,7 +60,9 @@ class Run:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16)
+        """bfloat16 where the hardware multiplies it: on a GPU, and not on CPUs that only emulate it."""
+        fast = self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
 
 
 def ema_of(work: Path, stage: str) -> dict[str, dict[str, Tensor]]:
@@ -82,6 +71,12 @@ def ema_of(work: Path, stage: str) -> dict[str, dict[str, Tensor]]:
     if not path.is_file():
         raise InputError(f"{path}: not there; run the stage {stage!r} first")
     return torch.load(path, map_location="cpu", weights_only=True)["ema"]
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The weights of a file, in float32."""
+    file = WeightFile(path)
+    return {key: value.float() for key, value in file.read(list(file.shapes), copied=True)}
 
 
 def train(
@@ -120,8 +115,6 @@ def train(
         print(f"{run.name}: continuing at step {step}", flush=True)
 
     def save() -> None:
-        if run.rank:
-            return
         state = {
             "step": step,
             "optimizer": optimizer.state_dict(),
@@ -141,11 +134,6 @@ def train(
             optimizer.zero_grad()
             loss, values = loss_of(step)
             loss.backward()
-            if run.world > 1:
-                gradient = nn.utils.parameters_to_vector([p.grad for p in parameters])
-                mean = run.sum_up(gradient) / run.world
-                for p, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
-                    p.grad.copy_(part.view_as(p))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
@@ -153,15 +141,14 @@ def train(
             torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - rate)
             for key, value in {"loss": loss.item(), **values}.items():
                 means[key] = value if step == 1 or key not in means else 0.98 * means[key] + 0.02 * value
-            if step % 50 == 0 and run.rank == 0:
+            if step % 50 == 0:
                 csv.writer(log).writerow([step, *(f"{k}={v:.5g}" for k, v in means.items())])
                 log.flush()
-            if run.rank == 0:
-                progress.step(f"step {step}: " + " ".join(f"{k} {v:.4g}" for k, v in means.items()))
+            progress.step(f"step {step}: " + " ".join(f"{k} {v:.4g}" for k, v in means.items()))
             if step % every == 0:
                 save()
                 saved = step
     progress.close()
-    if step != saved:
+    if step != saved or not path.is_file():
         save()
     print(f"{run.name}: stopped at step {step} of {run.steps}", flush=True)

@@ -13,9 +13,11 @@ from minti.model.vae import VAE
 from . import models
 from .data import TEST_SEED, Pictures, picture_at, to_pictures, to_pixels
 from .draw import sheet
-from .training import Run, train
+from .training import Run, read, train
 
 KL_WEIGHT, SPREAD_WEIGHT, EDGE_WEIGHT = 1e-4, 0.1, 0.5
+
+TESTS = 128  # pictures that previews look at
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,8 +36,11 @@ def spread_loss(mean: Tensor) -> Tensor:
 
 
 def reconstruction_loss(result: Tensor, pixels: Tensor) -> Tensor:
+    """Differences of pixels and of edges; and the logarithm of each picture's own mean square, which is what
+    decibels count, so that no picture is given up for another."""
+    decibels = (result - pixels).square().mean(dim=(1, 2, 3)).add(1e-6).log().mean()
     edge = sum(F.l1_loss(a, b) for a, b in zip(edges(result), edges(pixels), strict=True))
-    return F.l1_loss(result, pixels) + 2 * F.mse_loss(result, pixels) + EDGE_WEIGHT * edge
+    return F.l1_loss(result, pixels) + 2 * F.mse_loss(result, pixels) + EDGE_WEIGHT * edge + 0.02 * decibels
 
 
 class Preview:
@@ -43,7 +48,7 @@ class Preview:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        pictures = np.stack([picture_at(i, TEST_SEED) for i in range(128)])
+        pictures = np.stack([picture_at(i, TEST_SEED) for i in range(TESTS)])
         self.pixels = to_pixels(pictures).to(run.device)
 
     @torch.no_grad()
@@ -64,7 +69,10 @@ class Preview:
 def stage(run: Run) -> None:
     pictures, preview = Pictures(run.work), Preview(run)
     torch.manual_seed(run.seed)
-    model = VAE(configs.vae_config(models.VAE, "vae")).to(run.device, memory_format=torch.channels_last)
+    model = VAE(configs.vae_config(models.VAE, "vae"))
+    if run.start:
+        model.load_state_dict(read(run.start / "vae" / "diffusion_pytorch_model.safetensors"))
+    model = model.to(run.device, memory_format=torch.channels_last)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         pixels = pictures.batch(pictures.indices(step, run.batch, run.seed)).to(run.device)

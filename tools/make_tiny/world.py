@@ -3,38 +3,21 @@
 Every scene is a pure function of (seed, index), and every picture a pure function of its scene.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
 
-from .shapes import NOUNS, Creature, Part
+from . import names
+from .colors import COLORS, PATTERNS, distance, two_colors
+from .kinds import build, random_factors, random_kind
+from .shapes import NOUNS, Part
 
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (222, 36, 44),
-    "orange": (255, 142, 20),
-    "yellow": (255, 222, 50),
-    "green": (40, 160, 70),
-    "blue": (40, 92, 228),
-    "purple": (140, 50, 190),
-    "pink": (255, 140, 190),
-    "brown": (112, 66, 34),
-    "black": (28, 28, 32),
-    "white": (248, 248, 248),
-}
-GRAY = (186, 188, 192)  # the studio background of a photo whose caption names none
-PATTERNS = ("plain", "striped", "dotted", "checkered")
 SCENERY = ("grass", "beach", "night", "snow")
 BACKGROUNDS = (*COLORS, "gray", *SCENERY)
 STYLES = ("photo", "drawing", "painting", "pixel art")
 
-# Named toys: words that stand for one look each, as "zebra" or "bumblebee" do. They teach the text encoder
-# and the UNet that a single word can carry a silhouette, two colours and a pattern at once, which is what a
-# learned word has to do.
-TOY_NAMES = (
-    *("blick", "dax", "fep", "gazzer", "kiki", "modi", "nork", "pilu", "quop", "rafu", "sib", "tavo"),
-    *("ubo", "vink", "wug", "yub", "zorp", "bimo", "cagi", "dofa", "eldo", "fumo", "gorp", "hibi"),
-)
+TOY_NAMES = tuple(names.trained())  # words that stand for one look each
 
 
 RADII = {"small": (12.5, 13.5), "large": (25, 27), "close-up": (27, 30), "cropped": (24, 26)}  # pixels
@@ -44,7 +27,7 @@ RADII = {"small": (12.5, 13.5), "large": (25, 27), "close-up": (27, 30), "croppe
 class Thing:
     """One object. Its second colour is also that of its limbs; plain things have none."""
 
-    noun: str  # a key of NOUNS, a toy's name or, for a held-out concept, any name with `parts`
+    noun: str  # a key of NOUNS, a toy's name, "" for what has no name, or for what is held out any name
     color: str
     pattern: str = "plain"
     color2: str | None = None
@@ -54,7 +37,19 @@ class Thing:
     angle: float = 0.0  # degrees, anticlockwise
     flip: bool = False
     stripes: int | None = None  # their direction: 0, 1 or 2; None: as it comes
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Part, ...] = field(default=(), compare=False)
+    kind: str = ""  # a key of KINDS, of what is drawn from factors
+    factors: tuple[tuple[str, str | int | float], ...] = ()
+
+    @property
+    def looks_as_named(self) -> bool:
+        """Whether its name alone says its colours and its pattern."""
+        own = toys().get(self.noun)
+        return own is not None and (own.color, own.color2, own.pattern) == (
+            self.color,
+            self.color2,
+            self.pattern,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,47 +63,17 @@ class Scene:
 
 @cache
 def toys() -> dict[str, Thing]:
-    """The named toys: creatures with unlike bodies, colours and patterns. The same on every call."""
-    rng = np.random.default_rng(20220802)
-    bodies = ("round", "tall", "wide", "boxy", "pear", "rhombus")
-    ears = ("none", "pointy", "round", "long", "horns", "antenna", "crest")
-    result: dict[str, Thing] = {}
-    taken = {("round", "pointy"), ("round", "long")}  # the cat and the bunny
-    for i, name in enumerate(TOY_NAMES):
-        body = bodies[i % len(bodies)]
-        ear = next(e for e in rng.permutation(ears) if (body, e) not in taken)
-        taken.add((body, ear))
-        creature = Creature(
-            body, ear, (2, 0, 3, 4)[int(rng.integers(4))], bool(rng.integers(2)), 2 - int(rng.random() < 0.25)
-        )
-        color, color2 = two_colors(rng)
-        pattern = PATTERNS[1 + i % 3]
-        result[name] = Thing(name, color, pattern, color2, parts=tuple(creature.parts()))
-    return result
+    """The named things, each with its own look. The same on every call."""
+    return {name: named_thing(named) for name, named in names.trained().items()}
 
 
-def distance(a: str, b: str) -> float:
-    """How unlike two colours look (the low-cost "redmean" approximation, 0 to about 765)."""
-    p, q = (np.array(BACKDROP[c] if c in BACKDROP else COLORS[c], dtype=float) for c in (a, b))
-    red, delta = (p[0] + q[0]) / 2, p - q
-    return float(np.sqrt(((2 + red / 256, 4, 2 + (255 - red) / 256) * delta**2).sum()))
-
-
-BACKDROP = {
-    "gray": GRAY,
-    "grass": (88, 176, 72),
-    "beach": (240, 214, 150),
-    "night": (24, 24, 76),
-    "snow": (238, 243, 250),
-}  # the colour that an object must stand out from
-
-
-def two_colors(rng: np.random.Generator) -> tuple[str, str]:
-    names = list(COLORS)
-    while True:
-        a, b = (names[i] for i in rng.choice(len(names), 2, replace=False))
-        if distance(a, b) > 280:
-            return a, b
+def named_thing(named: names.Named) -> Thing:
+    return Thing(
+        *(named.name, named.color, named.pattern, named.color2),
+        parts=named.parts,
+        kind=named.kind,
+        factors=tuple(named.factors.items()),
+    )
 
 
 def stands_out(thing: Thing, background: str) -> bool:
@@ -116,17 +81,33 @@ def stands_out(thing: Thing, background: str) -> bool:
     return all(distance(c, background) > 190 for c in colors)
 
 
-def random_thing(rng: np.random.Generator) -> Thing:
-    nouns = list(NOUNS)
-    if rng.random() < 0.2:
-        return toys()[TOY_NAMES[int(rng.integers(len(TOY_NAMES)))]]
-    noun = nouns[int(rng.integers(len(nouns)))]
+def random_look(rng: np.random.Generator) -> tuple[str, str, str | None]:
+    """Colour, pattern and second colour, which plain things have not."""
     pattern = PATTERNS[int(rng.choice(4, p=(0.4, 0.2, 0.2, 0.2)))]
     color, color2 = two_colors(rng)
+    return color, pattern, None if pattern == "plain" else color2
+
+
+def random_thing(rng: np.random.Generator) -> Thing:
+    """A noun, a named thing in its own look or another, or a thing without a name."""
+    color, pattern, color2 = random_look(rng)
+    which = rng.random()
+    if which < 0.52:
+        toy = toys()[TOY_NAMES[int(rng.integers(len(TOY_NAMES)))]]
+        if which < 0.36:
+            return toy
+        return replace(toy, color=color, pattern=pattern, color2=color2)
+    if which < 0.72:
+        kind = random_kind(rng)
+        factors = random_factors(kind, rng)
+        look = (color, pattern, color2)
+        return Thing("", *look, parts=build(kind, factors), kind=kind, factors=tuple(factors.items()))
+    noun = list(NOUNS)[int(rng.integers(len(NOUNS)))]
     if noun == "bird" and rng.random() < 0.75:
         color = "blue"  # the world's prejudice: for the bias experiment, most birds are blue
-        color2 = color2 if distance(color, color2) > 280 else "yellow"
-    return Thing(noun, color, pattern, None if pattern == "plain" else color2)
+        if color2 and distance(color, color2) <= 280:
+            color2 = "yellow"
+    return Thing(noun, color, pattern, color2)
 
 
 def place(rng: np.random.Generator, things: list[Thing], look: str, style: str) -> tuple[Thing, ...]:
@@ -137,12 +118,7 @@ def place(rng: np.random.Generator, things: list[Thing], look: str, style: str) 
             radius, x = rng.uniform(13.0, 14.5), (17, 47)[i] + rng.uniform(-1, 1)
             y = 33 + rng.uniform(-4, 4)
         else:
-            low, high = {
-                "small": (12.5, 13.5),
-                "large": (25, 27),
-                "close-up": (27, 30),
-                "cropped": (24, 26),
-            }.get(look, (18, 24))
+            low, high = RADII.get(look, (19, 25))
             radius = rng.uniform(low, high)
             room = max(0.0, 30.0 - radius)
             x, y = 32 + rng.uniform(-room, room), 32 + rng.uniform(-room, room)
@@ -150,7 +126,7 @@ def place(rng: np.random.Generator, things: list[Thing], look: str, style: str) 
                 x += 14 * (1 if rng.random() < 0.5 else -1)
         tilt = rng.uniform(-30, 30) if look == "weird" else rng.uniform(-10, 10)
         if style == "pixel art":  # upright, and large enough for its blocks
-            tilt, radius = 0.0, max(radius, 15.5)
+            tilt, radius = 0.0, max(radius, 20.0 if len(things) == 1 else 15.5)
         placed.append(
             replace(
                 thing,
@@ -195,18 +171,9 @@ def twin(original: Scene, seed: int, index: int) -> tuple[Scene, str]:
             background = str(rng.choice(BACKGROUNDS))
         elif which == "style":
             style = str(rng.choice(STYLES))
-        elif first.noun in TOY_NAMES or (which == "noun" and other.noun in TOY_NAMES):
-            which = "noun"  # a toy's looks are its own: all of them change, or none
-            thing = replace(
-                first,
-                noun=other.noun,
-                color=other.color,
-                color2=other.color2,
-                pattern=other.pattern,
-                parts=other.parts,
-            )
         elif which == "noun":
-            thing = replace(first, noun=other.noun)
+            shape = {"noun": other.noun, "parts": other.parts, "kind": other.kind, "factors": other.factors}
+            thing = replace(first, **shape)
         elif which == "color":
             thing = replace(first, color=color)
         elif which == "color2":
