@@ -212,7 +212,8 @@ def choose(files: Sequence[RemoteFile], name: str, variant: str | None, only: st
     wanted += [f"{part}/config.json" for part in WEIGHTS]
     chosen = [path for path in wanted if path in by_path]
     parts = [part for part in WEIGHTS if f"{part}/config.json" in by_path]
-    for part in parts or ("text_encoder", "unet", "vae"):
+    needed = ("bert", "unet", "vqvae") if "bert" in parts else ("text_encoder", "unet", "vae")
+    for part in dict.fromkeys([*parts, *needed]):
         weights = choose_weights(list(by_path), part, WEIGHTS[part], variant)
         if not weights:
             single = [path for path in by_path if path.endswith((".safetensors", ".ckpt"))]
