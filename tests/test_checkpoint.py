@@ -501,7 +501,7 @@ def test_a_yaml_that_is_no_config(models: dict, tmp_path: Path) -> None:
     path = save_single(tmp_path / "m.safetensors", single_file(models["sd1"]))
     for content in ("model: [", "3", "model: {params: 3}", "model: {params: {parameterization: w}}", ""):
         (tmp_path / "m.yaml").write_text(content)
-        with pytest.raises(minti.InputError, match=r"m\.yaml: is not the config of a latent diffusion"):
+        with pytest.raises(minti.InputError, match=r"m\.yaml: .*not the config of a latent diffusion"):
             load_single(path)
 
 

@@ -311,7 +311,7 @@ def test_the_compiled_loss(run: Callable, monkeypatch: pytest.MonkeyPatch) -> No
     run("--steps", "1")
     assert not compiled
     run("--steps", "1", "--compile", "--overwrite")
-    assert [f.__name__ for f in compiled] == ["_sample_loss"]
+    assert len(compiled) == 1
 
 
 def test_captions_are_learned_with(run: Callable, base: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
-from ..model.bert import BertConfig, BertTextModel
+from ..model.bert import BertConfig
 from ..model.conditioning import TwoTextEncoders
 from ..model.config import TextConfig
 from ..model.diffusion import Schedule
@@ -155,7 +155,7 @@ def trained_size(plan: CheckpointPlan) -> tuple[int, int]:
     """
     if plan.layout == "single file" and plan.is_sdxl:
         return 128, 128
-    if plan.layout == "single file" and isinstance(plan.parts["text_encoder"].module, BertTextModel):
+    if plan.layout == "single file" and plan.family == "LDM":
         return 32, 32
     large = plan.layout == "single file" and plan.family.startswith("SD 2.x")
     if large and plan.schedule.prediction_type == "v_prediction":

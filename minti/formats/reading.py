@@ -56,9 +56,9 @@ def naming(path: Path | str, what: str) -> Iterator[None]:
         raise
     except KeyError as error:
         raise InputError(f"{path}: is not {what} (no {str(error.args[0])[:200]})") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # decoders raise an OSError without one
+            raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(
             f"{path}: truncated or damaged, or not {what} ({reason}); download it again"

@@ -201,7 +201,7 @@ def _read_schedule(plan: CheckpointPlan, file: WeightFile, ask: bool) -> None:
     config = ScheduleConfig()
     path = next((p for e in (".yaml", ".yml") if (p := plan.path.with_suffix(e)).exists()), None)
     if path:
-        with naming(path, "the config of a latent diffusion model; fix or remove it"):
+        with naming(path, "the config of a latent diffusion model, which may be removed"):
             params = yaml.safe_load(read_bytes(path, 2**20).decode("utf-8-sig"))["model"]["params"]
             told.append((KINDS[params.get("parameterization", "eps")], f"{path.name} says"))
             values = read_keys({key: params[key] for key in YAML if key in params}, YAML, str(path))
