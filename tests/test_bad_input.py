@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -199,7 +200,7 @@ def test_single_files_of_other_models(refused: Callable, weights: dict, tmp_path
     save_file(weights | {"conditioner.embedders.0.x": torch.ones(1)}, path)
     refused(path, path, "conditioner.embedders.0.x")
     save_file(weights | {"cond_stage_model.transformer.token_emb.weight": torch.ones(1)}, path)
-    refused(path, path, "BERT")
+    refused(path, path, "unexpected key cond_stage_model.transformer.token_emb.weight")
     save_file({"double_blocks.0.img_attn.proj.weight": torch.ones(2, 2)}, path)
     refused(path, path, "not a whole Stable Diffusion model")
     save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.ones(2, 2)}, path)
@@ -552,6 +553,8 @@ def test_a_full_disk_leaves_whole_files_only(
     out, done, real = tmp_path / "out", [], getattr(os, call)
 
     def filling_up(*args: object) -> None:
+        if call == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode):
+            return  # a folder is flushed after the file in it is complete
         if len(done) >= after:
             raise OSError(errno.ENOSPC, "No space left on device")
         done.append(args)

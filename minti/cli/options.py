@@ -177,7 +177,7 @@ class Options:
 
     def _suggest(self, name: str) -> str:
         key = name.partition("=")[0].removeprefix("--").replace("-", "_")
-        near = difflib.get_close_matches(key, [*self._defaults, *self._file_only], n=1)
+        near = difflib.get_close_matches(key, [*self._defaults, *self._aliases, *self._file_only], n=1)
         if near and name.startswith("--"):
             near = ["--" + near[0].replace("_", "-")]
         return f"; did you mean {near[0]!r}?" if near else ""

@@ -120,6 +120,9 @@ class WorkFolder:
         """
         if not self.active:
             return False
+        above = next(path for path in self.path.absolute().parents if path.exists())
+        if not above.is_dir():
+            raise InputError(f"{above}: is a file, and no folder; give another --out")
         self._lock()
         self._before = before = self.before()
         self._continues = bool(before) and not overwrite
@@ -139,8 +142,8 @@ class WorkFolder:
     def begin(self) -> None:
         """Make the folder, remove what is to be overwritten, and write `config.yaml`.
 
-        Until that is written the one of the work before stays, so that a process that is killed at any
-        moment can be started again.
+        The new one is complete on the disk before anything is removed, and takes its name after that. So a
+        full disk loses nothing, and a process that is killed at any moment can be started again.
 
         Raises:
             InputError: another process has begun to work in the folder since `check`.
@@ -156,9 +159,14 @@ class WorkFolder:
             path = self.path / name  # remove what was being written when a process was killed
             for temporary in [*path.parent.glob(f".{path.name}.*"), *path.rglob(".*.*")]:
                 temporary.unlink(missing_ok=True)
-        for path in () if self._continues else [self.path / name for name in names]:
+        if self._continues or not names:
+            write_atomically(self.saved, self._content)
+            return
+        new = self.saved.with_name(".config.yaml.new")
+        write_atomically(new, self._content)
+        for path in [self.path / name for name in names]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        write_atomically(self.saved, self._content)
+        os.replace(new, self.saved)
 
     def _compare(self, before: Mapping[str, Any]) -> None:
         """Raises InputError, naming the first difference, unless the settings are those of `before`."""

@@ -211,7 +211,9 @@ def _read_legacy(file: BinaryIO) -> Any:
         if key not in storages:
             room -= count * dtype.itemsize
             if room < 0 or count < 0:
-                raise InputError("it names more numbers than it holds")
+                raise InputError(
+                    "truncated or damaged, it names more numbers than it holds; download it again"
+                )
             storages[key] = torch.empty(count, dtype=dtype)
         return storages[key]
 
@@ -219,7 +221,9 @@ def _read_legacy(file: BinaryIO) -> Any:
         raise InputError("is a pickle, but none of torch.save; save its weights as safetensors")
     _, _, content, keys = (Unpickler(file, storage).load() for _ in range(4))
     if sorted(keys) != sorted(storages):
-        raise InputError("it does not hold the numbers that it names")
+        raise InputError(
+            "truncated or damaged, it does not hold the numbers that it names; download it again"
+        )
     for key in keys:
         tensor = storages[str(key)]
         count = int.from_bytes(file.read(8), "little")

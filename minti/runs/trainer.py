@@ -159,6 +159,8 @@ class Trainer:
             return bool(every) and (done % every == 0 or done == steps)
 
         learning = [word for word in self.words if word.final is None]
+        if first and due(watching.sample_every):  # the run may have been killed after it had saved
+            self._preview(learning)
         try:
             while learning and self.inversion.step_count < steps:
                 if not self._pending:

@@ -55,7 +55,7 @@ def operations(model: str, size: int) -> Operations:
             return unet(latents, t, words)
 
         def encode() -> Tensor:
-            return text.text_model.encoder(words)[0]
+            return text.text_model.encoder(words)[-1]
 
         return Operations(
             unet=_count(denoise),
