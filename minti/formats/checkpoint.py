@@ -155,7 +155,8 @@ def trained_size(plan: CheckpointPlan) -> tuple[int, int]:
     """
     if plan.layout == "single file" and plan.is_sdxl:
         return 128, 128
-    if plan.layout == "single file" and plan.family == "LDM":
+    text = plan.parts.get("text_encoder")
+    if plan.layout == "single file" and text and isinstance(text.module, BertTextModel):
         return 32, 32
     large = plan.layout == "single file" and plan.family.startswith("SD 2.x")
     if large and plan.schedule.prediction_type == "v_prediction":
