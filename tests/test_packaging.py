@@ -63,7 +63,7 @@ def test_the_wheel(clone: Path, tmp_path: Path) -> None:
 def test_an_editable_install_from_the_parent_of_the_clone(clone: Path, tmp_path: Path) -> None:
     """There the folder of the clone would do as a namespace package of the same name."""
     out = build(clone, "editable", tmp_path / "editable")
-    # What this install adds goes behind the current folder, and before minti as it is installed for the tests.
+    # What this install adds goes behind the current folder, and before the minti of the tests themselves.
     code = f"import site, sys; n = len(sys.path); site.addsitedir({str(out)!r}); "
     code += "sys.path = [*sys.path[:1], *sys.path[n:], *sys.path[1:n]]; import minti; "
     result = run(code + "print(minti.load.__module__, minti.__file__)", clone.parent)
