@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .cli.command import run_command
-from .cli.model_options import load_model
+from .cli.model_options import OF_A_MODEL, load_model
 from .cli.options import Options, number, size
 from .cli.processes import Processes
 from .cli.work_folder import WorkFolder
@@ -38,17 +38,7 @@ from .version import __version__
 log = logging.getLogger(__name__)
 
 MAY_DIFFER = ("out", "device", "batch_size", "compile", "attention")  # when an evaluation is continued
-OF_A_RUN = (
-    "checkpoint",
-    "images",
-    "tokenizer",
-    "variant",
-    "ema",
-    "vae",
-    "schedule",
-    "prediction_type",
-    "size",
-)
+OF_A_RUN = ("checkpoint", "images", "size", *OF_A_MODEL)
 MADE = ("pictures", "grids", "evaluation.json", "plot.svg")
 
 

@@ -47,6 +47,8 @@ def options() -> Options:
     opts.add(group, "--prompt", [], metavar="TEXT", help="what to show; give it again for more prompts")
     text = "what to steer away from; to SDXL an empty text is not the same as none"
     opts.add(group, "--negative-prompt", metavar="TEXT", help=text)
+    text = "read prompts of more than 75 tokens in parts, as AUTOMATIC1111 does, instead of cutting them"
+    opts.add(group, "--long-prompts", False, help=text)
     text = "a learned word, renamed to WORD if given; repeatable"
     opts.add(group, "--concept", [], metavar="[WORD=]FILE", help=text)
     opts.add(group, "--num-images", 4, type=count, metavar="N", help="pictures for each prompt")
@@ -196,7 +198,8 @@ def load(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]
         text = "%dx%d pixels: the model was trained on %dx%d, expect repetitions"
         log.info(text, width, height, *sd.image_size)
     sd.schedule.timesteps(args.sample_steps)
-    sd.tokenizer([*args.prompt, args.negative_prompt or ""])
+    if not args.long_prompts:
+        sd.tokenizer([*args.prompt, args.negative_prompt or ""])
     for notice in notices(args.prompt, args.negative_prompt, args.guidance_scale, sd.tokenizer):
         log.warning("%s", notice)
     if args.compile:
@@ -231,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             clip = choose_clip(args.clip, args.checkpoint)
             scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
         how = {"steps": args.sample_steps, "guidance_scale": args.guidance_scale, "eta": args.eta}
-        how |= {"negative_prompt": args.negative_prompt}
+        how |= {"negative_prompt": args.negative_prompt, "long_prompts": args.long_prompts}
         if conditions := size_condition(args, sd):
             how["size_condition"] = conditions
         size = dict(zip(("width", "height"), sd.check_size(args.size), strict=True))

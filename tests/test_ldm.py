@@ -227,6 +227,8 @@ def test_the_official_codes_file(folder: Path, tmp_path: Path) -> None:
     assert ids[4] == len(oracles.BERT_WORDS)
     concept.save(tmp_path / "again.safetensors")
     assert torch.equal(Concept.load(tmp_path / "again.safetensors").vectors, rows)
+    with pytest.raises(InputError, match="clip_skip is for models with CLIP's text encoder"):
+        minti.load(folder, device="cpu", clip_skip=2)
     with pytest.raises(InputError, match="a 64-wide encoder; use the model it was learned on"):
         sd.add_concept(replace(concept, placeholder="<b>", vectors=torch.zeros(1, 768)))
 

@@ -26,6 +26,7 @@ from minti.formats.vocabulary import read_tokenizer
 from minti.judge.scorer import Scorer
 from minti.sample import Picture, main, notices, plan_pictures, write_grids
 
+from .compare import assert_same_picture
 from .oracles import save_clip
 
 ROOT = Path(minti.__file__).parents[1]
@@ -372,6 +373,24 @@ def test_a_prompt_of_500_words_is_cut_with_a_warning_that_quotes_it(
     short = sample(folder, tmp_path / "short", "--prompt", " ".join(["the"] * 75), "--num-images", "1")
     (other,) = short.glob("the-the-*.png")
     assert Image.open(other).tobytes() == Image.open(path).tobytes()
+
+
+def test_a_usual_stack_of_negative_words_needs_long_prompts(folder: Path, tmp_path: Path) -> None:
+    words = {"<deep>": 75, "<easy>": 8}
+    arguments = ["--prompt", "a cat", "--negative-prompt", "<deep>, <easy>, red", "--num-images", "1"]
+    for word, n in words.items():
+        Concept(word, torch.randn(n, 32)).save(tmp_path / f"{word[1:-1]}.safetensors")
+        arguments += ["--concept", str(tmp_path / f"{word[1:-1]}.safetensors")]
+    with pytest.raises(InputError, match=r"'<easy>' with its 8 vectors does not fit .* with long_prompts"):
+        sample(folder, tmp_path / "short", *arguments)
+    out = sample(folder, tmp_path / "long", *arguments, "--long-prompts")
+    sd = minti.load(folder, device="cpu")
+    for concept in words:
+        sd.add_concept(Concept.load(tmp_path / f"{concept[1:-1]}.safetensors"))
+    how = {"negative_prompt": "<deep>, <easy>, red", "long_prompts": True, "steps": 2}
+    with Image.open(out / "a-cat-0.png") as image:
+        assert json.loads(image.text["settings"])["long_prompts"] is True
+        assert_same_picture(image, sd.sample("a cat", **how)[0])
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:

@@ -79,6 +79,40 @@ def test_conditioning(root: Path) -> None:
     assert_parity({"context": (context, theirs), "pooled": (pooled, their_pooled)})
 
 
+@pytest.mark.parametrize("layer", [2, 3])
+def test_clip_skip(layer: int, root: Path) -> None:
+    """diffusers counts the layers that are left out beside the last one. The pooled text stays as it is."""
+    sd, (_, pipe) = minti.load(root / "epsilon", device="cpu", clip_skip=layer), pair(root)
+    prompts = ["a photo of the cat", ""]
+    context, (pooled, _) = sd.condition(sd.tokenizer(prompts), torch.zeros(2, 6))
+    how = {"do_classifier_free_guidance": False, "clip_skip": layer - 2 or None}
+    theirs, _, their_pooled, _ = pipe.encode_prompt(prompts, **how)
+    assert_parity({"context": (context, theirs), "pooled": (pooled, their_pooled)})
+
+
+def test_long_prompts(root: Path) -> None:
+    """diffusers is given what its encoders make of each part, and the pooled text of the first."""
+    sd, pipe = pair(root)
+    texts = {"": ("the " * 60 + "cat , ", "red dog " * 20), "negative_": ("dog " * 75, "red")}
+    how = {
+        "num_inference_steps": 2,
+        "guidance_scale": 5.0,
+        "width": 64,
+        "height": 64,
+        "output_type": "latent",
+    }
+    for name, parts in texts.items():
+        context, _, pooled, _ = pipe.encode_prompt(list(parts), do_classifier_free_guidance=False)
+        how |= {
+            f"{name}prompt_embeds": torch.cat(context.split(1), 1),
+            f"{name}pooled_prompt_embeds": pooled[:1],
+        }
+    theirs = pipe(**how, generator=torch.Generator().manual_seed(3)).images
+    ours = {"negative_prompt": "".join(texts["negative_"]), "steps": 2, "guidance_scale": 5.0, "size": 64}
+    *_, latents = sd.denoise(["".join(texts[""])], [3], long_prompts=True, **ours)
+    assert_parity({"latents": (latents, theirs)}, 2e-4)
+
+
 def test_no_prompt_is_not_the_empty_prompt(root: Path) -> None:
     """No negative prompt means zeros, as the model was trained; an empty one is encoded."""
     sd, _ = pair(root)

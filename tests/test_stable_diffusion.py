@@ -10,10 +10,11 @@ from diffusers import StableDiffusionInpaintPipeline
 import minti
 from minti import Concept
 from minti.errors import InputError
+from minti.formats.checkpoint import set_clip_skip
 from minti.model import stable_diffusion as pipeline
 
 from . import oracles
-from .compare import assert_parity, compare_pictures
+from .compare import assert_parity, assert_same_picture, compare_pictures, relative_error
 
 PROMPTS = ["a photo of the cat", "red toy on the grass", "the dog"]
 
@@ -77,6 +78,62 @@ def test_pictures(models, family, kind, guidance_scale, eta):
 @pytest.mark.filterwarnings("ignore:a prompt has 75 tokens at most")
 def test_options(models, options):
     assert_same_pictures(compare_pictures(*models("sd1"), **options))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_clip_skip(models, family):
+    """The formula of diffusers' encode_prompt, which looks for the norm where transformers 4 had it.
+
+    It counts the layers that are left out: its clip_skip=1 is our 2.
+    """
+    sd, pipe = models(family)
+    ids = sd.tokenizer(PROMPTS)
+    for layer in (1, 2, 3):
+        set_clip_skip(sd.text_encoder, layer)
+        states = pipe.text_encoder(ids, output_hidden_states=True).hidden_states
+        theirs = pipe.text_encoder.final_layer_norm(states[-layer])
+        assert_parity({"context": (sd.condition(ids, None).context, theirs)})
+    set_clip_skip(sd.text_encoder, 1)
+    for layer in (0, 4):
+        with pytest.raises(InputError, match=f"clip_skip = {layer}: should be"):
+            set_clip_skip(sd.text_encoder, layer)
+
+
+LONG = "the " * 60 + "cat , ", "red dog " * 20  # in two parts, since the comma is near the end of the first
+LONG_NEGATIVE = "dog " * 75, "red"
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_long_prompts(models, family):
+    """diffusers is given what its encoder makes of each part."""
+    sd, pipe = models(family)
+    embeds = [
+        torch.cat(pipe.encode_prompt(list(p), "cpu", 1, False)[0].split(1), 1) for p in (LONG, LONG_NEGATIVE)
+    ]
+    how = {"num_inference_steps": 2, "guidance_scale": 7.5, "generator": torch.Generator().manual_seed(3)}
+    theirs = pipe(
+        prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], output_type="latent", **how
+    ).images
+    prompt, negative = "".join(LONG), "".join(LONG_NEGATIVE)
+    *_, latents = sd.denoise([prompt], [3], negative_prompt=negative, steps=2, long_prompts=True)
+    assert_parity({"latents": (latents, theirs)}, 2e-4)
+    *_, cut = sd.denoise([prompt], [3], negative_prompt=negative, steps=2)
+    assert relative_error(cut, theirs) > 1e-3
+
+
+def test_long_prompts_beside_short_ones(models):
+    """The first step is linear in the UNet's output, so guidance can be had from two runs without it."""
+    sd, _ = models()
+    texts = ["the " * 151 + "cat", "the " * 76 + "dog", "red"]  # in three parts, two parts, one
+    how = {"steps": 1, "long_prompts": True}
+    alone = [next(sd.denoise([text], [3], guidance_scale=1, **how)) for text in texts]
+    guided = next(sd.denoise(texts[:2], [3, 3], guidance_scale=5, negative_prompt=texts[2], **how))
+    expected = [alone[2] + 5 * (alone[i] - alone[2]) for i in (0, 1)]
+    assert_parity({"latents": (guided, torch.cat(expected))}, 1e-4)
+    image = sd.sample(
+        texts[0], seed=3, steps=1, guidance_scale=5, negative_prompt=texts[2], long_prompts=True
+    )
+    assert_same_picture(image[0], sd.decode_latents(guided[:1])[0])
 
 
 def test_pictures_depend_on_what_they_should(models):

@@ -145,6 +145,36 @@ def test_too_long_prompt_keeps_the_end_token_and_says_what_is_lost(clip, referen
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize(
+    ("prompt", "lengths"),
+    [
+        ("", [0]),
+        ("cat " * 75, [75]),
+        ("cat " * 151, [75, 75, 1]),
+        ("cat " * 55 + ", " + "dog " * 30, [56, 30]),  # 75 tokens, of which the comma is the 20th from last
+        ("cat " * 54 + ", " + "dog " * 30, [75, 10]),
+        ("cat " * 60 + ", " + "dog, " * 20, [75, 26]),  # the last of several commas
+        ("cat " * 74 + ", dog", [75, 1]),
+        ("cat " * 75 + ", dog", [75, 2]),  # a comma itself is not kept with what stands before it
+        ("cat " * 66 + "<ten>", [66, 10]),
+        ("cat " * 60 + ", " + "cat " * 9 + "<ten>", [70, 10]),  # only a full part is cut at its comma
+        ("cat " * 60 + ", <ten> dog dog dog dog dog", [61, 15]),
+        ("<all>, <ten>", [75, 11]),
+    ],
+)
+def test_long_prompts_are_cut_where_automatic1111_cuts_them(clip, prompt, lengths):
+    """Lengths are those that its rules give: comma_padding_backtrack is 20, embeddings stay whole."""
+    clip.placeholders = {"<ten>": range(50000, 50010), "<all>": range(60000, 60075)}
+    rows = clip.chunks(prompt)
+    assert rows.shape == (len(lengths), 77)
+    assert [(row == clip.end_id).nonzero()[0].item() - 1 for row in rows] == lengths
+    assert rows[:, 0].eq(clip.start_id).all()
+    ids = [i for row, n in zip(rows.tolist(), lengths, strict=True) for i in row[1 : 1 + n]]
+    assert ids == clip.encode(prompt)
+    if len(rows) == 1:
+        assert torch.equal(rows, clip([prompt]))
+
+
 class TestPlaceholders:
     def test_alone_and_next_to_punctuation(self, clip):
         clip.add_placeholder("<toy>", [60000, 60001])

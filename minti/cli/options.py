@@ -102,6 +102,8 @@ class Options:
         self.add(group, "--prediction-type", choices=kinds, help="overrides what the checkpoint says")
         text = "as-published: the noise schedule of the LDM's folder, which is not that of its training"
         self.add(group, "--schedule", "auto", choices=["auto", "as-published"], help=text)
+        text = "text layer that the UNet attends to, counted from the end, as AUTOMATIC1111 does"
+        self.add(group, "--clip-skip", type=number(int, 1, 100), metavar="N", help=text)
         self.add(group, "--device", "auto", help="auto, cpu, cuda, cuda:N or mps")
         self.add(group, "--dtype", "auto", choices=["auto", *DTYPES], help="number format of the weights")
         text = "sdpa: PyTorch's; triton: minti's own kernel, for NVIDIA GPUs"

@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, check_number
 from ..model.bert import BertConfig, BertTextModel
+from ..model.clip import CLIPTextModel
 from ..model.conditioning import TwoTextEncoders
 from ..model.config import TextConfig
 from ..model.diffusion import Schedule
@@ -44,6 +46,7 @@ def load(
     ema: bool = False,
     vae: str | Path | None = None,
     schedule: str = "auto",
+    clip_skip: int | None = None,
 ) -> StableDiffusion:
     """Load a public Stable Diffusion checkpoint.
 
@@ -58,6 +61,8 @@ def load(
         vae: folder or file of an autoencoder that takes the place of the checkpoint's own.
         schedule: "as-published" believes the folder of the first latent diffusion model, whose noise schedule
             is not the one it was trained with; "auto" takes the right one.
+        clip_skip: the layer of CLIP's text encoder that the UNet attends to, counted from the end: 1 is the
+            last one. By default the one the model was trained with: 2 for SDXL, 1 for others.
 
     Raises:
         InputError: one line that says what is wrong with the checkpoint or an argument.
@@ -80,6 +85,8 @@ def load(
         pad_2 = load_tokenizer(plan, tokenizer, second=True).pad_id
         both = modules["text_encoder"], modules.pop("text_encoder_2")
         modules["text_encoder"] = TwoTextEncoders(*both, pad_2)
+    if clip_skip is not None:
+        set_clip_skip(modules["text_encoder"], clip_skip)
     if prediction_type:
         plan.schedule = replace(plan.schedule, prediction_type=prediction_type)
     elif plan.ask_prediction_type:
@@ -96,6 +103,15 @@ def load(
             modules[name].to(memory_format=torch.channels_last)
     modules |= {"schedule": Schedule(plan.schedule, where), "zero_empty_prompt": plan.zero_empty_prompt}
     return StableDiffusion(words, source=str(path), **modules)
+
+
+def set_clip_skip(text_encoder: nn.Module, layer: int) -> None:
+    """Let the UNet attend to another text layer, counted from the end. InputError if there is none such."""
+    counts = [m.config.num_hidden_layers for m in text_encoder.modules() if isinstance(m, CLIPTextModel)]
+    if not counts:
+        raise InputError("clip_skip is for models with CLIP's text encoder; leave it out")
+    check_number("clip_skip", layer, int, 1, min(counts))
+    text_encoder.context_layer = layer
 
 
 def choose_device(name: str) -> torch.device:

@@ -149,12 +149,17 @@ def first_end(ids: Tensor, end_id: int) -> Tensor:
 
 
 class CLIPTextModel(nn.Module):
-    """CLIP's text encoder. Modules have the key names of public checkpoints."""
+    """CLIP's text encoder. Modules have the key names of public checkpoints.
+
+    Attributes:
+        context_layer: the layer that becomes the context, counted from the end; 1 is the last one.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
         self.text_model = TextTransformer(config)
+        self.context_layer = 1
         self.text_projection = None
         if config.projection_dim:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
@@ -169,6 +174,8 @@ class CLIPTextModel(nn.Module):
         context, hidden_states = self.text_model(ids)
         end = first_end(ids, self.config.eos_token_id)
         pooled = context[torch.arange(len(ids), device=ids.device), end]  # (B, L, D) -> (B, D)
+        if self.context_layer > 1:
+            context = self.text_model.final_layer_norm(hidden_states[-self.context_layer])
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
         return TextOutput(context, pooled, hidden_states)

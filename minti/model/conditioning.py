@@ -8,6 +8,8 @@ result. Either kind turns token ids into a `TextOutput`, and the rest of minti d
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,9 +22,25 @@ class Conditioning(NamedTuple):
     """What the UNet is conditioned on beside the time step, for B prompts."""
 
     context: Tensor  # (B, 77, D), which it attends to
-    added: tuple[Tensor, Tensor] | None = (
-        None  # SDXL: pooled text (B, P), and sizes and crops in pixels (B, 6)
-    )
+    # SDXL: the pooled text, (B, P), and sizes and crops in pixels, (B, 6)
+    added: tuple[Tensor, Tensor] | None = None
+
+
+def join_parts(each: Conditioning, counts: Sequence[int]) -> Conditioning:
+    """Put prompts together again that were encoded in parts, as AUTOMATIC1111 and ComfyUI do.
+
+    The contexts of a prompt's parts come one behind the other, and the pooled text is that of the first part.
+    Contexts are repeated until all have the same length, which changes nothing: attention to several equal
+    tokens is attention to one of them.
+
+    Args:
+        each: the conditions of all parts of all prompts.
+        counts: of how many parts each prompt consists.
+    """
+    length = math.lcm(*counts)
+    contexts = [c.flatten(0, 1).repeat(length // len(c), 1) for c in each.context.split(tuple(counts))]
+    first = [sum(counts[:i]) for i in range(len(counts))]
+    return Conditioning(torch.stack(contexts), each.added and tuple(a[first] for a in each.added))
 
 
 class TwoTextEncoders(nn.Module):
@@ -34,11 +52,15 @@ class TwoTextEncoders(nn.Module):
     Args:
         text_encoder, text_encoder_2: the second has a text projection.
         pad_2: the id that fills up prompts of the second encoder; the first takes them as they come.
+
+    Attributes:
+        context_layer: the layer of both that becomes the context, counted from the end.
     """
 
     def __init__(self, text_encoder: CLIPTextModel, text_encoder_2: CLIPTextModel, pad_2: int) -> None:
         super().__init__()
         self.text_encoder, self.text_encoder_2, self.pad_2 = text_encoder, text_encoder_2, pad_2
+        self.context_layer = 2
         width = text_encoder.config.hidden_size
         text_encoder_2.token_embedding.columns = slice(width, width + text_encoder_2.config.hidden_size)
 
@@ -46,11 +68,12 @@ class TwoTextEncoders(nn.Module):
         """Encode token ids, (B, 77) int64, as the first encoder's tokenizer gives them.
 
         Returns:
-            context (B, 77, D1 + D2): the last layer but one of either encoder, without final normalisation;
+            context (B, 77, D1 + D2): the last layer but one of either encoder, or another `context_layer`,
+                without final normalisation;
             pooled (B, P): the projected output of the second encoder at the end token.
         """
         end = first_end(ids, self.text_encoder.config.eos_token_id)  # (B,)
         behind = torch.arange(ids.shape[1], device=ids.device) > end[:, None]  # (B, 77)
         first, second = self.text_encoder(ids), self.text_encoder_2(ids.masked_fill(behind, self.pad_2))
-        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        context = torch.cat([text.hidden_states[-self.context_layer] for text in (first, second)], dim=-1)
         return TextOutput(context, pooled=second.pooled)

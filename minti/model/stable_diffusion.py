@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, check_number
 from .checks import check_options, check_output, check_size, check_weights
-from .conditioning import Conditioning
+from .conditioning import Conditioning, join_parts
 from .diffusion import Schedule
 from .embedding import LearnedWord, WordTables, encoder_of
 from .tokenizer import Tokenizer
@@ -132,6 +132,7 @@ class StableDiffusion(WordTables):
         num_images: int = 1,
         batch_size: int = 4,
         size: int | tuple[int, int] | None = None,
+        long_prompts: bool = False,
     ) -> list[Image.Image]:
         """Make pictures, `num_images` of each prompt, in order. Image i of each prompt has seed `seed + i`.
 
@@ -143,6 +144,8 @@ class StableDiffusion(WordTables):
             eta: 0 is deterministic, 1 has the noise of DDPM.
             batch_size: pictures made at a time; changes memory and speed, not the pictures.
             size: pixels, or (width, height), multiples of 8; by default what the model was trained on.
+            long_prompts: read prompts of more than 75 tokens in parts (`Tokenizer.chunks`), instead of
+                cutting them off.
 
         Returns:
             List of pictures in RGB.
@@ -150,6 +153,7 @@ class StableDiffusion(WordTables):
         check_number("num_images", num_images, int, 1)
         check_number("seed", seed, int, 0)
         options = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "size": size}
+        options |= {"long_prompts": long_prompts}
         prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
         each = [(p, seed + i) for p in prompts for i in range(num_images)]
         return list(self.sample_each(each, negative_prompt=negative_prompt, batch_size=batch_size, **options))
@@ -189,6 +193,7 @@ class StableDiffusion(WordTables):
         eta: float = 0.0,
         size: int | tuple[int, int] | None = None,
         size_condition: Sequence[int] | None = None,
+        long_prompts: bool = False,
         x_T: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Turn noise into latents, one picture for each prompt and its seed, yielding every x_t on the way.
@@ -219,7 +224,8 @@ class StableDiffusion(WordTables):
 
         guided = guidance_scale > 1
         texts = [negative_prompt] * len(prompts) + list(prompts) if guided else list(prompts)
-        context, added = self._encode_all(texts, size_condition or (height, width, 0, 0, height, width))
+        sizes = size_condition or (height, width, 0, 0, height, width)
+        context, added = self._encode_all(texts, sizes, long_prompts)
         # All that depends on the prompts or on the time, for all steps at once.
         context_kv = self.unet.embed_context(context)
         times = [t for t, _ in self.schedule.timesteps(steps)]
@@ -242,11 +248,13 @@ class StableDiffusion(WordTables):
 
         yield from self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
 
-    def _encode_all(self, texts: Sequence[str | None], sizes: Sequence[int]) -> Conditioning:
+    def _encode_all(self, texts: Sequence[str | None], sizes: Sequence[int], in_parts: bool) -> Conditioning:
         """Conditions for each of some prompts, None for no prompt. Every different prompt is encoded once."""
         different = list(dict.fromkeys(texts))
-        ids = self.tokenizer([text or "" for text in different]).to(self.device)
-        context, added = self.condition(ids, torch.tensor([sizes] * len(different), device=self.device))
+        parts = [(self.tokenizer.chunks if in_parts else self.tokenizer)(text or "") for text in different]
+        ids = torch.cat(parts).to(self.device)
+        each = self.condition(ids, torch.tensor([sizes] * len(ids), device=self.device))
+        context, added = join_parts(each, [len(part) for part in parts])
         if self.zero_empty_prompt and None in different:
             none = different.index(None)
             context[none], added[0][none] = 0, 0

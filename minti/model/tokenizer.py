@@ -234,14 +234,39 @@ class Tokenizer:
                 self._rows[prompt] = self._encode_prompt(prompt)
         return torch.stack([self._rows[prompt] for prompt in prompts])
 
-    def _encode_prompt(self, prompt: str) -> Tensor:
-        ids, lost, room = [self.start_id], [], self.max_length - 2
+    def chunks(self, prompt: str) -> Tensor:
+        """Encode a prompt of any length as several, cut where AUTOMATIC1111 cuts it, one after the other.
+
+        A part is full after 75 tokens. If one of its last 20 is a comma, what stands behind it moves on to
+        the next part. The vectors of a placeholder word stay together.
+
+        Returns:
+            (n, 77) int64: one row, as of any prompt, for each part.
+        """
+        comma, room = self.encode(",")[-1], self.max_length - 2
+        parts, ids, behind_comma = [], [], 0
         for word, word_ids in self.pieces(prompt):
-            if len(ids) - 1 + len(word_ids) > room:
+            for more in [word_ids] if word in self.placeholders else [[i] for i in word_ids]:
+                while ids and len(ids) + len(more) > room:
+                    near = len(ids) == room and more[0] != comma and 0 < room - behind_comma < 20
+                    cut = behind_comma if near else len(ids)
+                    parts, ids, behind_comma = [*parts, ids[:cut]], ids[cut:], 0
+                ids = [*ids, *more]
+                behind_comma = len(ids) if more[0] == comma else behind_comma
+        return torch.stack([self._framed(part) for part in (*parts, ids)])
+
+    def _framed(self, ids: Sequence[int]) -> Tensor:
+        ids = [self.start_id, *ids, self.end_id]
+        return torch.tensor(ids + [self.pad_id] * (self.max_length - len(ids)))
+
+    def _encode_prompt(self, prompt: str) -> Tensor:
+        ids, lost, room = [], [], self.max_length - 2
+        for word, word_ids in self.pieces(prompt):
+            if len(ids) + len(word_ids) > room:
                 if word in self.placeholders:
                     raise InputError(
                         f"{word!r} with its {len(word_ids)} vectors does not fit into the {room} tokens of a "
-                        f"prompt; shorten the text before it: {prompt[:60]!r}"
+                        f"prompt; shorten the text before it, or sample with long_prompts: {prompt[:60]!r}"
                     )
                 lost.append(word)
             ids += word_ids
@@ -249,5 +274,4 @@ class Tokenizer:
             cut = " ".join(lost)
             cut = cut if len(cut) <= 200 else f"{cut[:200]}..."
             log.warning("a prompt has %d tokens at most; cut off: %r", room, cut)
-        ids = [*ids[: self.max_length - 1], self.end_id]
-        return torch.tensor(ids + [self.pad_id] * (self.max_length - len(ids)))
+        return self._framed(ids[:room])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..cli.model_options import OF_A_MODEL
 from ..cli.svg import short
 from .folder import RunRecord
 
@@ -153,11 +154,10 @@ def sample(run: RunRecord, file: str) -> str:
     config, path = run.config, run.folder / file
     scene = "a house by the sea in the style of" if config.get("templates") == "style" else "a photo of"
     model = ["--checkpoint", str(config.get("checkpoint", "CHECKPOINT"))]
-    for key in ("tokenizer", "variant", "vae", "prediction_type", "size"):
-        if config.get(key):
-            model += [f"--{key.replace('_', '-')}", str(config[key])]
-    if config.get("ema") is True:
-        model.append("--ema")
+    for key in (*OF_A_MODEL, "size"):
+        flag, value = f"--{key.replace('_', '-')}", config.get(key)
+        if value not in (None, False, "auto"):
+            model += [flag] if value is True else [flag, str(value)]
     prompt = f"{scene} {run.word}"
     if scene == "a photo of":
         prompt += " on the beach"
