@@ -8,22 +8,13 @@ from pathlib import Path
 
 # From a telling key of a file of tensors: the first row that fits any key counts.
 KEYS = (
-    (
-        r"lora_(up|down|A|B|unet|te|linear)|[._]lora\.(up|down)",
-        "a LoRA: small changes, to be added to a model",
-    ),
+    (r"lora[_.](up|down|A|B|unet|te|linear)", "a LoRA: small changes, to be added to a model"),
     (r"hada_w1|lokr_w1|oft_blocks", "a LyCORIS file: small changes, to be added to a model"),
     (r"^control_model\.|controlnet_cond_embedding", "a ControlNet, which steers a model"),
     (r"motion_modules\.", "AnimateDiff's layers for moving pictures, to be added to a model"),
     (r"^(ip_adapter|image_proj)\.", "an IP-Adapter, which steers a model by a picture"),
-    (
-        r"joint_blocks|double_blocks|^transformer_blocks\.",
-        "a diffusion transformer (SD 3, Flux, ...), no UNet",
-    ),
-    (
-        r"^(module|_orig_mod)\.",
-        "a model saved in the wrapping of torch; save its `.module` without that prefix",
-    ),
+    (r"joint_blocks|double_blocks|^transformer_blocks\.", "a diffusion transformer (SD 3, Flux), no UNet"),
+    (r"^(module|_orig_mod)\.", "a model that torch has wrapped; save its `.module` without that prefix"),
     (r"^conditioner\.embedders\.1\.", "SDXL: two text encoders and a larger UNet, in one file"),
     (r"^conditioner\.", "a Stable Diffusion 2 in the layout of its successor's code"),
     (r"^cond_stage_model\.transformer\.token_emb\.", "the first latent diffusion model (LDM), with BERT"),
@@ -38,10 +29,7 @@ KEYS = (
 )
 # From the first bytes of a file.
 HEADS = (
-    (
-        b"version https://git-lfs",
-        "a git-LFS pointer, not the weights; run `git lfs pull` or download the file",
-    ),
+    (b"version https://git-lfs", "a git-LFS pointer, no weights; run `git lfs pull` or download the file"),
     (b"GGUF", "a gguf file, of weights in other number formats; get the model as safetensors"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it"),
     (b"Rar!", "a rar archive; unpack it"),

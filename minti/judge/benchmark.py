@@ -15,16 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model.stable_diffusion import StableDiffusion
-from .picture_jobs import (
-    PAPER,
-    OnStep,
-    PictureJob,
-    PictureStore,
-    Protocol,
-    file_name,
-    models_of,
-    prompt_job,
-)
+from .picture_jobs import PAPER, OnStep, PictureJob, PictureStore, Protocol, file_name, models_of, prompt_job
 from .prompts import PromptList, fill
 from .scorer import Scorer
 from .scores import Score, bootstrap, clip_i, clip_t, clip_t_pairwise, combine, image_only

@@ -98,11 +98,7 @@ def add_words(sd: StableDiffusion, words: Sequence[tuple[Path, Concept]]) -> lis
 
 
 def plan_generation(
-    sd: StableDiffusion,
-    scorer: Scorer,
-    subjects: Sequence[Subject],
-    prompts: PromptList,
-    protocol: Protocol,
+    sd: StableDiffusion, scorer: Scorer, subjects: Sequence[Subject], prompts: PromptList, protocol: Protocol
 ) -> EvaluationPlan:
     """Pictures of every subject in every prompt.
 

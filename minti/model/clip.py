@@ -149,17 +149,13 @@ def first_end(ids: Tensor, end_id: int) -> Tensor:
 
 
 class CLIPTextModel(nn.Module):
-    """CLIP's text encoder. Modules have the key names of public checkpoints.
-
-    Attributes:
-        context_layer: the layer that becomes the context, counted from the end; 1 is the last one.
-    """
+    """CLIP's text encoder. Modules have the key names of public checkpoints."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
         self.text_model = TextTransformer(config)
-        self.context_layer = 1
+        self.context_layer = 1  # the layer that becomes the context, counted from the end
         self.text_projection = None
         if config.projection_dim:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .clip import CLIPTextModel, TextOutput, first_end
+from .tokenizer import Tokenizer
 
 
 class Conditioning(NamedTuple):
@@ -24,6 +25,30 @@ class Conditioning(NamedTuple):
     context: Tensor  # (B, 77, D), which it attends to
     # SDXL: the pooled text, (B, P), and sizes and crops in pixels, (B, 6)
     added: tuple[Tensor, Tensor] | None = None
+
+
+def encode_parts(tokenizer: Tokenizer, prompt: str, in_parts: bool = True) -> Tensor:
+    """Encode a prompt of any length in parts, cut where AUTOMATIC1111 cuts it; or only the first 75 tokens.
+
+    A part is full after 75 tokens. If one of its last 20 is a comma, what stands behind it moves on to the
+    next part. The vectors of a placeholder word stay together.
+
+    Returns:
+        (n, 77) int64: one row, as of any prompt, for each part.
+    """
+    if not in_parts:
+        return tokenizer(prompt)
+    comma, room = tokenizer.encode(",")[-1], tokenizer.max_length - 2
+    parts, ids, behind_comma = [], [], 0
+    for word, word_ids in tokenizer.pieces(prompt):
+        for more in [word_ids] if word in tokenizer.placeholders else [[i] for i in word_ids]:
+            while ids and len(ids) + len(more) > room:
+                near = len(ids) == room and more[0] != comma and 0 < room - behind_comma < 20
+                cut = behind_comma if near else len(ids)
+                parts, ids, behind_comma = [*parts, ids[:cut]], ids[cut:], 0
+            ids = [*ids, *more]
+            behind_comma = len(ids) if more[0] == comma else behind_comma
+    return torch.stack([tokenizer.frame(part) for part in (*parts, ids)])
 
 
 def join_parts(each: Conditioning, counts: Sequence[int]) -> Conditioning:

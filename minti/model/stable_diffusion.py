@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, check_number
 from .checks import check_options, check_output, check_size, check_weights
-from .conditioning import Conditioning, join_parts
+from .conditioning import Conditioning, encode_parts, join_parts
 from .diffusion import Schedule
 from .embedding import LearnedWord, WordTables, encoder_of
 from .tokenizer import Tokenizer
@@ -144,8 +144,7 @@ class StableDiffusion(WordTables):
             eta: 0 is deterministic, 1 has the noise of DDPM.
             batch_size: pictures made at a time; changes memory and speed, not the pictures.
             size: pixels, or (width, height), multiples of 8; by default what the model was trained on.
-            long_prompts: read prompts of more than 75 tokens in parts (`Tokenizer.chunks`), instead of
-                cutting them off.
+            long_prompts: encode prompts of more than 75 tokens in parts, instead of cutting them off.
 
         Returns:
             List of pictures in RGB.
@@ -251,7 +250,7 @@ class StableDiffusion(WordTables):
     def _encode_all(self, texts: Sequence[str | None], sizes: Sequence[int], in_parts: bool) -> Conditioning:
         """Conditions for each of some prompts, None for no prompt. Every different prompt is encoded once."""
         different = list(dict.fromkeys(texts))
-        parts = [(self.tokenizer.chunks if in_parts else self.tokenizer)(text or "") for text in different]
+        parts = [encode_parts(self.tokenizer, text or "", in_parts) for text in different]  # (n, 77) each
         ids = torch.cat(parts).to(self.device)
         each = self.condition(ids, torch.tensor([sizes] * len(ids), device=self.device))
         context, added = join_parts(each, [len(part) for part in parts])

@@ -190,10 +190,6 @@ class Tokenizer:
                 )
         self.placeholders = self.placeholders | {key: ids}
 
-    def remove_placeholder(self, word: str) -> None:
-        """Forget a placeholder word again."""
-        self.placeholders = {key: ids for key, ids in self.placeholders.items() if key != clean(word)}
-
     def _encode_word(self, word: str) -> tuple[int, ...]:
         if word in (START, END):
             return (self.vocab[word],)
@@ -234,28 +230,8 @@ class Tokenizer:
                 self._rows[prompt] = self._encode_prompt(prompt)
         return torch.stack([self._rows[prompt] for prompt in prompts])
 
-    def chunks(self, prompt: str) -> Tensor:
-        """Encode a prompt of any length as several, cut where AUTOMATIC1111 cuts it, one after the other.
-
-        A part is full after 75 tokens. If one of its last 20 is a comma, what stands behind it moves on to
-        the next part. The vectors of a placeholder word stay together.
-
-        Returns:
-            (n, 77) int64: one row, as of any prompt, for each part.
-        """
-        comma, room = self.encode(",")[-1], self.max_length - 2
-        parts, ids, behind_comma = [], [], 0
-        for word, word_ids in self.pieces(prompt):
-            for more in [word_ids] if word in self.placeholders else [[i] for i in word_ids]:
-                while ids and len(ids) + len(more) > room:
-                    near = len(ids) == room and more[0] != comma and 0 < room - behind_comma < 20
-                    cut = behind_comma if near else len(ids)
-                    parts, ids, behind_comma = [*parts, ids[:cut]], ids[cut:], 0
-                ids = [*ids, *more]
-                behind_comma = len(ids) if more[0] == comma else behind_comma
-        return torch.stack([self._framed(part) for part in (*parts, ids)])
-
-    def _framed(self, ids: Sequence[int]) -> Tensor:
+    def frame(self, ids: Sequence[int]) -> Tensor:
+        """The row of 77 ids for up to 75 ids of words."""
         ids = [self.start_id, *ids, self.end_id]
         return torch.tensor(ids + [self.pad_id] * (self.max_length - len(ids)))
 
@@ -274,4 +250,4 @@ class Tokenizer:
             cut = " ".join(lost)
             cut = cut if len(cut) <= 200 else f"{cut[:200]}..."
             log.warning("a prompt has %d tokens at most; cut off: %r", room, cut)
-        return self._framed(ids[:room])
+        return self.frame(ids[:room])

@@ -164,11 +164,7 @@ class Judge:
         return [{f: v[i] for (f, v), i in zip(self.probe.facts.items(), row, strict=True)} for row in indices]
 
     def truth(
-        self,
-        readings: Mapping[str, Sequence[Facts] | None],
-        facts: Facts,
-        reconstruction: str,
-        seed: int = 0,
+        self, readings: Mapping[str, Sequence[Facts] | None], facts: Facts, reconstruction: str, seed: int = 0
     ) -> Truth | None:
         """How often pictures are right; each prompt counts the same.
 
