@@ -17,7 +17,7 @@ from PIL import Image
 
 from .cli.command import run_command
 from .cli.images import COLUMNS, encode_png, image_grid, thumbnails
-from .cli.model_options import load_model
+from .cli.model_options import load_model_with_words
 from .cli.options import Options, number, size
 from .cli.progress import Progress
 from .cli.work_folder import WorkFolder
@@ -25,11 +25,10 @@ from .errors import InputError
 from .formats.atomic import write_atomically
 from .formats.concept import Concept
 from .formats.photos import open_image
-from .judge.prompts import explain_syntax
+from .judge.prompts import notices
 from .judge.ranking import closest, ranking_text
 from .judge.scorer import Scorer, choose_clip
 from .model.stable_diffusion import StableDiffusion
-from .model.tokenizer import Tokenizer
 from .version import __version__
 
 log = logging.getLogger(__name__)
@@ -151,48 +150,9 @@ def write_grids(out: Path, planned: Sequence[Sequence[Picture]]) -> None:
         write_atomically(out / name, encode_png(image_grid(cells, columns), {}))
 
 
-def load_concepts(arguments: Sequence[str]) -> dict[str, tuple[str, Concept]]:
-    """Learned words by name, with their files, from the arguments of --concept: FILE, or WORD=FILE."""
-    concepts: dict[str, tuple[str, Concept]] = {}
-    for text in arguments:
-        word, equals, file = text.partition("=")
-        if not equals or Path(text).exists():
-            word, file = None, text
-        for concept in [Concept.load(file, word)] if word else Concept.load_all(file):
-            if concept.placeholder in concepts:
-                raise InputError(
-                    f"{file}: {concept.placeholder!r} is learned twice; rename one: --concept '<new>={file}'"
-                )
-            concepts[concept.placeholder] = file, concept
-    return concepts
-
-
-def notices(
-    prompts: Sequence[str], negative_prompt: str | None, guidance_scale: float, tokenizer: Tokenizer
-) -> list[str]:
-    """What the user may not expect: text without effect, and commands of other programs read as text."""
-    found = []
-    if negative_prompt and guidance_scale <= 1:
-        found.append("--negative-prompt has no effect with --guidance-scale 1 or less")
-    texts = [*prompts, negative_prompt or ""]
-    used = {i for text in texts for i in tokenizer.encode(text)}
-    for word, ids in tokenizer.placeholders.items():
-        if not used.intersection(ids):
-            found.append(f"no prompt contains the learned word {word!r}, so it has no effect")
-    return found + [line for text in texts for line in explain_syntax(text, tokenizer.placeholders)]
-
-
 def load(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]:
     """The checkpoint with its learned words, ready to sample. Raises InputError if it cannot."""
-    concepts, sd = load_concepts(args.concept), load_model(args)
-    for word, (file, concept) in concepts.items():
-        try:
-            sd.add_concept(concept)
-        except InputError as error:
-            if concept.vectors.shape[1] != sd.vocabulary.shape[1]:
-                raise InputError(f"{file}: {error}") from None
-            new = "<new>" if word.startswith("<") else f"<{word}>"
-            raise InputError(f"{file}: {error}: --concept '{new}={file}'") from None
+    sd, concepts = load_model_with_words(args)
     width, height = sd.check_size(args.size)
     if (width, height) != sd.image_size:
         text = "%dx%d pixels: the model was trained on %dx%d, expect repetitions"
@@ -204,7 +164,7 @@ def load(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]
         log.warning("%s", notice)
     if args.compile:
         sd.compile()
-    return sd, {word: concept for word, (_, concept) in concepts.items()}
+    return sd, concepts
 
 
 def main(argv: Sequence[str] | None = None) -> None:

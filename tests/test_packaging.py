@@ -76,5 +76,7 @@ def test_every_door_has_a_command() -> None:
     import importlib
 
     for door in DOORS:
-        module = importlib.import_module("minti.study.__main__" if door == "study" else f"minti.{door}")
+        module = importlib.import_module(
+            f"minti.{door}.__main__" if door in ("study", "edit") else f"minti.{door}"
+        )
         assert callable(module.command)

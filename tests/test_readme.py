@@ -97,7 +97,9 @@ def test_commands_are_understood(
                 (tmp_path / word).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [module, *argv])
-    main = importlib.import_module(f"{module}.__main__" if module == "minti.study" else module).main
+    main = importlib.import_module(
+        f"{module}.__main__" if module in ("minti.study", "minti.edit") else module
+    ).main
     with pytest.raises(Parsed):
         main() if main.__code__.co_argcount == 0 else main(argv)
 

@@ -1,10 +1,14 @@
-"""The model that the options of a command ask for."""
+"""The model that the options of a command ask for, and the learned words that it is to know."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
+from ..errors import InputError
 from ..formats.checkpoint import load
+from ..formats.concept import Concept
 from ..model import kernels
 from ..model.stable_diffusion import StableDiffusion
 
@@ -18,3 +22,37 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     kernels.use(args.attention, sd.device)
     sd.vae.tile = args.vae_tile and args.vae_tile // sd.vae.config.downscale
     return sd
+
+
+def load_concepts(arguments: Sequence[str]) -> dict[str, tuple[str, Concept]]:
+    """Learned words by name, with their files, from the arguments of --concept: FILE, or WORD=FILE."""
+    concepts: dict[str, tuple[str, Concept]] = {}
+    for text in arguments:
+        word, equals, file = text.partition("=")
+        if not equals or Path(text).exists():
+            word, file = None, text
+        for concept in [Concept.load(file, word)] if word else Concept.load_all(file):
+            if concept.placeholder in concepts:
+                raise InputError(
+                    f"{file}: {concept.placeholder!r} is learned twice; rename one: --concept '<new>={file}'"
+                )
+            concepts[concept.placeholder] = file, concept
+    return concepts
+
+
+def load_model_with_words(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]:
+    """The model, and the words of --concept by name, which it has been taught.
+
+    Raises:
+        InputError: a word was learned for another kind of model, or its name has a meaning already.
+    """
+    learned, sd = load_concepts(args.concept), load_model(args)
+    for word, (file, concept) in learned.items():
+        try:
+            sd.add_concept(concept)
+        except InputError as error:
+            if concept.vectors.shape[1] != sd.vocabulary.shape[1]:
+                raise InputError(f"{file}: {error}") from None
+            new = "<new>" if word.startswith("<") else f"<{word}>"
+            raise InputError(f"{file}: {error}: --concept '{new}={file}'") from None
+    return sd, {word: concept for word, (_, concept) in learned.items()}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..formats.concept import Concept
-from ..model.stable_diffusion import StableDiffusion, compile_for
+from ..model.kernels import compile_for
+from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import clean
 from . import state as saved
 from .batches import Batch, Settings, Word, longest_prompts, photo_word, sample_batch, to_device

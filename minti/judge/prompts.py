@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..model.tokenizer import Tokenizer
 
 PROMPTS = Path(__file__).parent / "prompt_lists"
 
@@ -94,3 +95,18 @@ def explain_syntax(prompt: str, learned_words: Iterable[str]) -> list[str]:
     return lines + [
         f"the brackets around {w!r} are read as text; the learned word is {w!r}" for w in bracketed
     ]
+
+
+def notices(
+    prompts: Sequence[str], negative_prompt: str | None, guidance_scale: float, tokenizer: Tokenizer
+) -> list[str]:
+    """What the user may not expect: text without effect, and commands of other programs read as text."""
+    found = []
+    if negative_prompt and guidance_scale <= 1:
+        found.append("--negative-prompt has no effect with --guidance-scale 1 or less")
+    texts = [*prompts, negative_prompt or ""]
+    used = {i for text in texts for i in tokenizer.encode(text)}
+    for word, ids in tokenizer.placeholders.items():
+        if not used.intersection(ids):
+            found.append(f"no prompt contains the learned word {word!r}, so it has no effect")
+    return found + [line for text in texts for line in explain_syntax(text, tokenizer.placeholders)]

@@ -41,10 +41,14 @@ class Schedule:
         # Numbers asked back from a GPU make the processor wait, and a sampler needs some at every step.
         self._alphas = self.alphas_cumprod.tolist()
 
+    def alpha(self, t: int) -> float:
+        """alphas_cumprod[t]; behind the last step (t < 0) 1, or that of t = 0 if the checkpoint says so."""
+        return 1.0 if t < 0 and self.config.set_alpha_to_one else self._alphas[max(t, 0)]
+
     def signal_and_noise(self, t: Tensor | int) -> tuple[Tensor | float, Tensor | float]:
         """sqrt(alphas_cumprod[t]) and sqrt(1 - alphas_cumprod[t]), (B, 1, 1, 1) float32 for t (B,)."""
         if isinstance(t, int):
-            return self._alphas[t] ** 0.5, (1 - self._alphas[t]) ** 0.5
+            return self.alpha(t) ** 0.5, (1 - self.alpha(t)) ** 0.5
         alpha = self.alphas_cumprod.to(t.device)[t][:, None, None, None]  # (B,) -> (B, 1, 1, 1)
         return alpha.sqrt(), (1 - alpha).sqrt()
 
@@ -124,17 +128,15 @@ class Schedule:
         Args:
             prediction: (B, C, h, w), the UNet's output for x_t.
             x_t: (B, C, h, w) float32.
-            t, t_prev: time steps; t_prev < 0 means the end: x0 itself, or t = 0 if the checkpoint says so.
+            t, t_prev: time steps, see `alpha`; with eta = 0, t_prev may also be the later one.
             eta: 0 is deterministic, 1 has the variance of DDPM.
             noise: like x_t; not looked at where eta is 0.
 
         Returns:
             (B, C, h, w) float32
         """
-        alpha = self._alphas[t]
-        end = 1.0 if self.config.set_alpha_to_one else self._alphas[0]
-        alpha_prev = self._alphas[t_prev] if t_prev >= 0 else end
-        sigma = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
+        alpha, alpha_prev = self.alpha(t), self.alpha(t_prev)
+        sigma = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5 if eta else 0.0
         x0, eps = self.x0_and_eps(prediction, x_t, t)
         x_prev = alpha_prev**0.5 * x0 + max(0.0, 1 - alpha_prev - sigma**2) ** 0.5 * eps
         return x_prev + sigma * noise if eta else x_prev

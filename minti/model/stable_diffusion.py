@@ -15,14 +15,10 @@ from .checks import check_options, check_output, check_size, check_weights
 from .conditioning import Conditioning, encode_parts, join_parts
 from .diffusion import Schedule
 from .embedding import LearnedWord, WordTables, encoder_of
+from .kernels import compile_for
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
-
-
-def compile_for(device: torch.device, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of tensors as one compiled graph, which a GPU then replays without being told each step."""
-    return torch.compile(function, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 @dataclass
@@ -194,6 +190,8 @@ class StableDiffusion(WordTables):
         size_condition: Sequence[int] | None = None,
         long_prompts: bool = False,
         x_T: Tensor | None = None,
+        beside: Sequence[Tensor] | None = None,
+        sampler: Callable[[Callable[[Tensor, int], Tensor], Tensor], Iterator[Tensor]] | None = None,
     ) -> Iterator[Tensor]:
         """Turn noise into latents, one picture for each prompt and its seed, yielding every x_t on the way.
 
@@ -205,6 +203,8 @@ class StableDiffusion(WordTables):
                 original height and width, top and left of the crop, target height and width. By default a
                 photo of this very size. See `sample` for the others.
             x_T: (B, C, h, w) float32 noise to start from, instead of that of the seeds.
+            beside: what an inpainting UNet sees beside x_t, instead of `inpainting_channels`.
+            sampler: (predict, x_T) -> every x_t on a way of its own, instead of `Schedule.ddim_sample`.
 
         Yields:
             (B, C, h, w) float32, `steps` times; the last are the finished latents.
@@ -232,7 +232,7 @@ class StableDiffusion(WordTables):
         added = added and tuple(condition.repeat(steps, 1) for condition in added)
         t = torch.tensor(times, device=device).repeat_interleave(rows)
         time_shifts = dict(zip(times, self.unet.embed_time(t, added).split(rows), strict=True))
-        extra = self.inpainting_channels(x_T)
+        extra = self.inpainting_channels(x_T) if beside is None else beside
 
         def predict(x_t: Tensor, t: int) -> Tensor:
             x = torch.cat([x_t.to(self.dtype), *extra], dim=1)
@@ -245,7 +245,8 @@ class StableDiffusion(WordTables):
             without, with_prompt = output.float().chunk(2)
             return without + guidance_scale * (with_prompt - without)
 
-        yield from self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
+        ddim = self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
+        yield from sampler(predict, x_T) if sampler else ddim
 
     def _encode_all(self, texts: Sequence[str | None], sizes: Sequence[int], in_parts: bool) -> Conditioning:
         """Conditions for each of some prompts, None for no prompt. Every different prompt is encoded once."""

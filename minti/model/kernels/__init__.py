@@ -2,8 +2,10 @@
 
 `flash_attention.py` holds the kernels, `operator.py` makes a differentiable operator of PyTorch out of them,
 and `choice.py` decides which one computes. Only the first two need Triton, so that minti works without it.
+`graph.py` compiles whole steps.
 """
 
 from .choice import METHODS, scaled_dot_product_attention, use
+from .graph import compile_for
 
-__all__ = ["METHODS", "scaled_dot_product_attention", "use"]
+__all__ = ["METHODS", "compile_for", "scaled_dot_product_attention", "use"]
