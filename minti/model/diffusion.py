@@ -122,8 +122,7 @@ class Schedule:
     def ddim_step(
         self, prediction: Tensor, x_t: Tensor, t: int, t_prev: int, eta: float, noise: Tensor
     ) -> Tensor:
-        """One step of DDIM, from x_t to the x of the earlier time t_prev (equation 12, sigma as in equation
-        16).
+        """One step of DDIM, from x_t to the x of the earlier t_prev (equation 12, sigma as in equation 16).
 
         Args:
             prediction: (B, C, h, w), the UNet's output for x_t.
