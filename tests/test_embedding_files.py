@@ -137,6 +137,36 @@ def test_official_code(zipped: bool, tmp_path: Path) -> None:
     assert torch.equal(rows, vectors(2))
 
 
+@pytest.mark.parametrize(("width", "star"), [(768, 265), (1024, 265), (1280, 1008)])
+def test_written_for_the_official_code(width: int, star: int, tmp_path: Path) -> None:
+    """Its EmbeddingManager.load puts both entries into attributes, of which one is a registered module."""
+    write(tmp_path / "embeddings.pt", official(**{"*": vectors(2, width)}))
+    concept = Concept.load(tmp_path / "embeddings.pt")
+    concept.save(tmp_path / "again.pt", format="official")
+    saved = torch.load(tmp_path / "again.pt", weights_only=False)
+    manager = nn.Module()
+    manager.string_to_param_dict = nn.ParameterDict()
+    manager.string_to_param_dict = saved["string_to_param"]
+    assert torch.equal(manager.string_to_param_dict["*"], vectors(2, width))
+    ids = torch.tensor([1, star])
+    assert (ids == saved["string_to_token"]["*"].to("cpu")).tolist() == [False, True]
+    again = Concept.load(tmp_path / "again.pt")
+    assert again.placeholder == "*" and torch.equal(again.vectors, concept.vectors)
+    with pytest.raises(InputError, match="in a format that has it"):
+        Concept("<a>", vectors(1, 96), widths=(64, 32)).save(tmp_path / "xl.pt", format="official")
+
+
+def test_a_foreign_note_called_placeholder(tmp_path: Path) -> None:
+    """It is the word only in our own file for SDXL, whose keys are no words; elsewhere it is kept."""
+    xl = {"clip_l": vectors(1, 768), "clip_g": vectors(1, 1280)}
+    for name, content in (("toy", {"emb_params": vectors(1)}), ("xl", xl), ("<toy>", {"<toy>": vectors(1)})):
+        save_file(content, tmp_path / f"{name}.safetensors", {"placeholder": "<other>"})
+        (concept,) = Concept.load_all(tmp_path / f"{name}.safetensors")
+        assert (concept.placeholder, concept.metadata["placeholder"]) == (name, "<other>")
+        concept.save(tmp_path / "again.safetensors")
+        assert Concept.load(tmp_path / "again.safetensors").placeholder == name
+
+
 def test_official_code_with_several_words(tmp_path: Path) -> None:
     path = write(tmp_path / "embeddings.pt", official(**{"*": vectors(1), "@": vectors(2)}))
     assert [(c.placeholder, len(c.vectors)) for c in Concept.load_all(path)] == [("*", 1), ("@", 2)]
@@ -481,6 +511,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
 
 METADATA = {"step": "500", "init_word": "tüy", "base_model": "sd.safetensors", "seed": "0", "minti": "0.1"}
 KINDS = [("a.safetensors", None), ("a.bin", None), ("a.pt", None), ("a.safetensors", "a1111")]
+KINDS += [("a.pt", "official")]
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -490,7 +521,7 @@ def test_round_trip(name: str, format: str | None, n: int, tmp_path: Path) -> No
     concept.save(tmp_path / "new" / name, format=format)
     again = Concept.load(tmp_path / "new" / name)
     by_name = format == "a1111" or name.endswith(".pt")
-    assert again.placeholder == ("a" if by_name else "<Toy 1>")
+    assert again.placeholder == ("*" if format == "official" else "a" if by_name else "<Toy 1>")
     assert torch.equal(again.vectors, concept.vectors)
     assert again.metadata == (
         {} if name.endswith(".bin") else METADATA

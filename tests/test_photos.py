@@ -584,6 +584,23 @@ def test_names_of_masks(photo: str, mask: str, tmp_path: Path) -> None:
     assert (found.path.name, found.mask_path.name) == (photo, mask)
 
 
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGB"])
+def test_a_mask_of_zeros_and_ones(mode: str, tmp_path: Path) -> None:
+    """As programs write labels of pixels: 1 of 255 would be as good as nothing."""
+    Image.new("RGB", (4, 2), "red").save(tmp_path / "a.png")
+    pixels = np.array([[0, 1, 0, 1], [1, 0, 0, 0]], np.uint8)
+    mask = Image.fromarray(pixels)
+    if mode == "P":
+        mask.putpalette([0, 0, 0, 1, 1, 1])
+    elif mode == "1":
+        mask = Image.fromarray(pixels.astype(bool))
+    else:
+        mask = mask.convert(mode)
+    mask.save(tmp_path / "a.mask.png")
+    (photo,) = load_photos(tmp_path)
+    assert np.array_equal(np.asarray(photo.open_mask((4, 2))), pixels * 255)
+
+
 def test_of_several_masks_the_first_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = ["a-masklabel.png", "a-masklabel1.png", "a-masklabel2.png", "a-condlabel.png"]
     for name in ("a.jpg", *reversed(names)):

@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model.embedding import encoder_of
 from .atomic import write_atomically
-from .embedding_files import find_words, is_picture, read_picture, refusal
+from .embedding_files import SDXL, find_words, is_picture, read_picture, refusal
 from .reading import check_regular, naming
 from .weightfile import read_metadata, read_nested
 
 log = logging.getLogger(__name__)
 
 IN_FOLDERS = ("learned_embeds.safetensors", "learned_embeds.bin")
-SUFFIXES = {"diffusers": (".safetensors", ".bin"), "a1111": (".pt", ".safetensors")}
+SUFFIXES = {"diffusers": (".safetensors", ".bin"), "a1111": (".pt", ".safetensors"), "official": (".pt",)}
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,9 @@ def _read_file(path: Path) -> tuple[str, list[Concept]]:
             if not vectors.isfinite().all():
                 raise refusal(f"{word!r} has vectors that are not finite")
             about = dict(notes.get(word, notes[None]))
-            concepts.append(Concept(about.pop("placeholder", word), vectors, about))
+            if kind == SDXL.name and "minti" in texts:  # of the keys of which none is the word
+                word = about.pop("placeholder", word)
+            concepts.append(Concept(word, vectors, about))
     if aside:
         log.warning("%s: left aside %s", path, aside)
     return kind, concepts
@@ -189,8 +191,8 @@ def encode_concepts(path: Path, concepts: Sequence[Concept], format: str | None 
     Args:
         path: `.safetensors`, `.bin` or `.pt`. Only safetensors keep the metadata of a diffusers file, and the
             name of a word for SDXL, which is otherwise called as its file.
-        format: "diffusers", or "a1111" for AUTOMATIC1111's interface, where the word is the name of the file;
-            by default a1111 for `.pt`, diffusers for the others.
+        format: "diffusers"; "a1111" for AUTOMATIC1111's interface, where the word is the name of the file; or
+            "official" for the paper's code, where it is "*". By default a1111 for `.pt`, else diffusers.
 
     Raises:
         InputError: the suffix does not belong to the format, or the words do not fit into one file.
@@ -209,8 +211,10 @@ def encode_concepts(path: Path, concepts: Sequence[Concept], format: str | None 
     if len(concepts) == 1:
         notes = dict(concepts[0].metadata)
     if any(concept.widths for concept in concepts):
-        if len(concepts) > 1:
-            raise InputError(f"{path}: a file holds one word for SDXL; write one file for each")
+        if len(concepts) > 1 or format == "official":
+            raise InputError(
+                f"{path}: a file holds one word for SDXL, in a format that has it; write another"
+            )
         parts = (part.vectors.cpu().contiguous() for part in concepts[0].parts())
         words, notes = dict(zip(("clip_l", "clip_g"), parts, strict=True)), dict(concepts[0].metadata)
         texts = {"minti": json.dumps(notes | {"placeholder": concepts[0].placeholder}, sort_keys=True)}
@@ -226,13 +230,20 @@ def encode_concepts(path: Path, concepts: Sequence[Concept], format: str | None 
         return save(words, texts or None) if suffix == ".safetensors" else _torch_bytes(words)
 
     if len(words) != 1:
-        raise InputError(f"{path}: an a1111 file holds one word, not {len(words)}; write one file for each")
+        raise InputError(
+            f"{path}: an {format} file holds one word, not {len(words)}; write one file for each"
+        )
     ((word, vectors),) = words.items()
+    star = 1008 if vectors.shape[1] == 1280 else 265  # the id of "*" in BERT's vocabulary, and in CLIP's
+    if format == "official":  # its loader wants these very types
+        parameters = nn.ParameterDict({"*": nn.Parameter(vectors)})
+        tokens = {"*": torch.tensor(star)}
+        return _torch_bytes({"string_to_token": tokens, "string_to_param": parameters} | texts)
     if suffix == ".safetensors":
         return save({"emb_params": vectors}, texts or None)
     step, base = notes.get("step", ""), notes.get("base_model")
     content = {
-        "string_to_token": {"*": 265},  # the id of "*" in CLIP's vocabulary
+        "string_to_token": {"*": star},
         "string_to_param": {"*": vectors},
         "name": word,
         "step": int(step) if re.fullmatch(r"\d{1,18}", step, re.ASCII) else None,

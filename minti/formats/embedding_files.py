@@ -37,10 +37,11 @@ class Format(NamedTuple):
 
 
 PIVOTAL = Format("pivotal tuning with diffusers (.pti)", ("text_encoders_0", "text_encoders_1"))
+SDXL = Format("SDXL, SD 3 or Flux", ("clip_l", "clip_g", "t5xxl", "t5"))
 FORMATS = (
     Format("kohya, invoke-training or AUTOMATIC1111", ("emb_params",)),
     Format("OneTrainer", ("emp_params",)),
-    Format("SDXL, SD 3 or Flux", ("clip_l", "clip_g", "t5xxl", "t5")),
+    SDXL,
     PIVOTAL,
 )
 

@@ -69,7 +69,7 @@ class Photo:
         return open_image(self.path)
 
     def open_mask(self, size: tuple[int, int]) -> Image.Image:
-        """Decode the mask as mode L; what is black or transparent does not count.
+        """Decode the mask as mode L; what is black or transparent does not count. Of 0 and 1, 1 is white.
 
         Raises:
             InputError: the mask cannot be read or has not the photo's `size`, (width, height).
@@ -79,7 +79,7 @@ class Photo:
         mask = open_image(self.mask_path, "black").convert("L")
         if mask.size != size:
             raise InputError(f"{self.mask_path}: has size {mask.size}, the photo {size}; make them equal")
-        return mask
+        return mask.point(lambda value: 255 * value) if mask.getextrema()[1] == 1 else mask
 
 
 def open_image(path: Path, background: str = "white") -> Image.Image:

@@ -19,23 +19,10 @@ from ..model.diffusion import Schedule
 from ..model.tokenizer import END
 from ..model.unet import UNet
 from ..model.vae import VAE
-from . import configs, shapes_to_config
+from . import configs, keymap, shapes_to_config
 from .folder import PLAYGROUND, REFINER, STEM, current_snapshot, folder_part
 from .json_checks import one_of, read_keys, real, whole
-from .keymap import (
-    OPENAI_LAYERS,
-    OPENCLIP_LAYERS,
-    UNET_LAYERS,
-    VAE_LAYERS,
-    Origin,
-    bert_blocks,
-    ema_key,
-    find_origins,
-    openai_text_blocks,
-    openclip_blocks,
-    unet_blocks,
-    vae_blocks,
-)
+from .keymap import OPENAI_LAYERS, OPENCLIP_LAYERS, UNET_LAYERS, VAE_LAYERS, Origin, find_origins
 from .kinds import kind_of_keys
 from .load_plan import CheckpointPlan, PartPlan, unclaimed_keys
 from .reading import naming, read_bytes
@@ -76,7 +63,7 @@ def plan_single_file(path: Path, ema: bool, vae: PartPlan | None = None) -> Chec
         is_sd2 = not is_sdxl and (text_prefix in OPENCLIP_PREFIXES or unet.config.use_linear_projection)
         text = _plan_text(file, text_prefix, is_sd2)
         text_2 = _plan_second_text(file, unet) if is_sdxl else None
-        blocks = unet_blocks(unet.config)
+        blocks = keymap.unet_blocks(unet.config)
     unet_part = PartPlan(unet, find_origins(unet.state_dict(), blocks, UNET_LAYERS, UNET_PREFIX), [file])
     if vae:
         text.ignored += f"|{re.escape(VAE_PREFIX)}.*"
@@ -110,7 +97,9 @@ def plan_vae(path: Path) -> PartPlan:
 def _plan_vae_in(file: WeightFile, prefix: str) -> PartPlan:
     with naming(file.path, "a whole autoencoder"), torch.device("meta"):
         vae = VAE(shapes_to_config.vae_config(strip_prefix(prefix, file.shapes)))
-    return PartPlan(vae, find_origins(vae.state_dict(), vae_blocks(vae.config), VAE_LAYERS, prefix), [file])
+    return PartPlan(
+        vae, find_origins(vae.state_dict(), keymap.vae_blocks(vae.config), VAE_LAYERS, prefix), [file]
+    )
 
 
 def strip_prefix(
@@ -143,10 +132,12 @@ def _plan_text(file: WeightFile, prefix: str, is_sd2: bool) -> PartPlan:
     """The text encoder. Stable Diffusion 2 leaves out the last block of OpenCLIP, which files may have."""
     if f"{prefix}token_emb.weight" in file.shapes:
         bert = BertTextModel(shapes_to_config.bert_config(strip_prefix(prefix, file.shapes)))
-        return PartPlan(bert, find_origins(bert.state_dict(), bert_blocks(bert.config), {}, prefix), [file])
+        return PartPlan(
+            bert, find_origins(bert.state_dict(), keymap.bert_blocks(bert.config), {}, prefix), [file]
+        )
     if prefix in OPENCLIP_PREFIXES:
         config = shapes_to_config.openclip_text_config(strip_prefix(prefix, file.shapes))
-        blocks, layers, stack = openclip_blocks(config), OPENCLIP_LAYERS, "transformer.resblocks"
+        blocks, layers, stack = keymap.openclip_blocks(config), OPENCLIP_LAYERS, "transformer.resblocks"
     else:
         shapes = strip_prefix(prefix, file.shapes, "text_model.")
         config = shapes_to_config.text_config(shapes, is_sd2=is_sd2)
@@ -163,14 +154,14 @@ def _plan_second_text(file: WeightFile, unet: UNet) -> PartPlan:
     config = replace(shapes_to_config.openai_text_config(shapes), hidden_act="gelu")
     sizes = unet.config.projection_class_embeddings_input_dim - config.projection_dim
     unet.config = replace(unet.config, addition_time_embed_dim=sizes // 6)
-    text, blocks = CLIPTextModel(config), openai_text_blocks(config)
+    text, blocks = CLIPTextModel(config), keymap.openai_text_blocks(config)
     return PartPlan(text, find_origins(text.state_dict(), blocks, OPENAI_LAYERS, SDXL_PREFIX_2), [file])
 
 
 def _choose_ema(plan: CheckpointPlan, file: WeightFile, ema: bool) -> None:
     """Training keeps a running average beside the raw weights; some files have both."""
     origins = plan.parts["unet"].origins
-    averaged = {name: Origin(ema_key(origin.key), origin.form) for name, origin in origins.items()}
+    averaged = {name: Origin(keymap.ema_key(origin.key), origin.form) for name, origin in origins.items()}
     has_ema = all(origin.key in file.shapes for origin in averaged.values())
     if ema and not has_ema:
         raise InputError(f"{plan.path}: holds no EMA weights beside the others; leave out --ema")
