@@ -12,7 +12,7 @@ from .cli.options import Parser, number
 from .errors import InputError
 from .formats.atomic import remove_temporaries
 from .formats.concept import SUFFIXES, Concept, read_concepts, save_concepts
-from .model.embedding import encoder_of
+from .model.checks import encoder_of
 from .model.tokenizer import clean
 from .version import __version__
 

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model.embedding import encoder_of
+from ..model.checks import encoder_of
 from .atomic import write_atomically
 from .embedding_files import SDXL, find_words, is_picture, read_picture, refusal
 from .reading import check_regular, naming

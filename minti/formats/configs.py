@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from ..errors import InputError
 from ..model.bert import BertConfig
-from ..model.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ..model.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ..model.image_encoder import VisionConfig
 from .json_checks import (
     REQUIRED,
     Table,

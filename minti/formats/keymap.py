@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..model.bert import BertConfig
-from ..model.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ..model.config import TextConfig, UNetConfig, VAEConfig
+from ..model.image_encoder import VisionConfig
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from dataclasses import replace
 
 from ..errors import InputError
 from ..model.bert import BertConfig
-from ..model.config import TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ..model.config import TextConfig, UNetConfig, VAEConfig
+from ..model.image_encoder import VisionConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -7,7 +7,6 @@ alone, but for rounding.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,12 +19,11 @@ from ..model.kernels import compile_for
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import clean
 from . import state as saved
-from .batches import Batch, Settings, Word, longest_prompts, photo_word, sample_batch, to_device
+from .batches import Batch, Settings, Word, photo_word, sample_batch, to_device
 from .divergence import Diverged, DivergenceWatch
 from .learn import diffusion_loss
+from .prompts import check_prompts
 from .start import initial_rows
-
-log = logging.getLogger(__name__)
 
 
 class Inversion:
@@ -93,7 +91,7 @@ class Inversion:
             self.rows = [sd.add_concept(Concept(w.placeholder, w.init), replace=replace) for w in self.words]
             self.photo_rows = [self._add_photo_words(word) for word in self.words]
             for word in self.words:
-                self._check_prompts(word, templates)
+                check_prompts(sd.tokenizer, word, self.words, self.settings, templates)
         except InputError:
             sd.tokenizer.placeholders = known
             raise
@@ -104,27 +102,8 @@ class Inversion:
             return []
         count = int(word.latents.photo.max()) + 1
         start = initial_rows(self.sd, "random", "", count, word.seed)
-        return [
-            self.sd.add_concept(Concept(photo_word(word, photo), start[photo : photo + 1]))
-            for photo in range(count)
-        ]
-
-    def _check_prompts(self, word: Word, templates: Sequence[str]) -> None:
-        if self.settings.progressive and len(word.init) != 1 + len(self.settings.progressive):
-            raise InputError(
-                f"{word.placeholder!r} has {len(word.init)} vectors, progressive steps are for "
-                f"{1 + len(self.settings.progressive)}: one to start with and one more at each"
-            )
-        learned = {clean(other.placeholder) for other in self.words}
-        for text in (*word.templates, *filter(None, word.captions)):
-            pieces = {piece for piece, _ in self.sd.tokenizer.pieces(text.replace("{}", " "))}
-            if clean(word.placeholder) in pieces:
-                what = f"placeholder {word.placeholder!r} occurs in the prompt {text!r} itself"
-                raise InputError(f"{what}; choose another, such as <{clean(word.placeholder)}>")
-            for other in learned & pieces:
-                log.warning("%r and %r influence each other: %r names both", word.placeholder, other, text)
-        prompts = (*longest_prompts(word, self.settings), *templates)
-        self.sd.tokenizer([prompt.replace("{}", word.placeholder) for prompt in prompts])
+        concepts = [Concept(photo_word(word, photo), start[photo : photo + 1]) for photo in range(count)]
+        return list(map(self.sd.add_concept, concepts))
 
     def step(self, *, check: bool | None = None) -> Tensor:
         """Take one step. Returns the loss of each word before it, (words,) float32.
@@ -140,16 +119,18 @@ class Inversion:
         losses = torch.zeros(len(self.words), device=self.sd.device)
         for batches in self._draw_batches():
             loss = self._losses(batches) / self._count
-            self._backward(loss)
+            self.scaler.scale(loss.sum()).backward()
             losses += loss.detach()
         if self.settings.regularization and self.rank == 0:
-            self._backward(self._penalty())
+            self.scaler.scale(self._penalty()).backward()
         self._sum_over_processes(losses)
         self._watch_gradients(losses)
         self._update()
         self._constrain()
         self._watch.check_finite(self._parameters)
-        self._count_step()
+        self._watch.count_step()
+        self.step_count += 1
+        self._update_placeholders()
         if check or (check is None and self.sd.device.type == "cpu"):
             self.check()
         return losses
@@ -159,12 +140,14 @@ class Inversion:
         """How many samples of each word there are in a step, in all processes together."""
         return self.settings.batch_size * self.settings.accumulate * self.world
 
-    def _draw(self, word: Word, count: int, *key: object) -> Batch:
-        return sample_batch(word, self.settings, self.sd.schedule.config.num_train_timesteps, count, *key)
+    def _draw(self, count: int, *key: object) -> list[Batch]:
+        """For each word, `count` samples that the key decides."""
+        T = self.sd.schedule.config.num_train_timesteps
+        return [sample_batch(word, self.settings, T, count, *key) for word in self.words]
 
     def _draw_batches(self) -> Iterator[list[Batch]]:
         """This process's share of the step: for each accumulated batch, the samples of each word."""
-        n, drawn = self.settings.batch_size, [self._draw(w, self._count, self.step_count) for w in self.words]
+        n, drawn = self.settings.batch_size, self._draw(self._count, self.step_count)
         for i in range(self.settings.accumulate):
             first = (i * self.world + self.rank) * n
             yield [batch[first : first + n] for batch in drawn]
@@ -180,14 +163,11 @@ class Inversion:
         losses = self._loss(*map(torch.cat, zip(*samples, strict=True)))
         return losses.view(len(self.words), -1).sum(1)
 
-    def _backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss.sum()).backward()
-
     def _penalty(self) -> Tensor:
-        """The squared distance of each word's rows to their start, times its weight: (words,)."""
+        """The squared distance of the rows to their start, times its weight, summed over the words."""
         pairs = zip(self.rows, self._starts, strict=True)
         drift = [(rows - start).square().sum(1).mean() for rows, start in pairs]
-        return self.settings.regularization * torch.stack(drift)
+        return (self.settings.regularization * torch.stack(drift)).sum()
 
     def _sum_over_processes(self, losses: Tensor) -> None:
         if self.world > 1:
@@ -217,11 +197,6 @@ class Inversion:
                 waiting = slice(self.num_active, None)
                 rows[waiting] = start[waiting]  # weight decay has changed them
 
-    def _count_step(self) -> None:
-        self._watch.count_step()
-        self.step_count += 1
-        self._update_placeholders()
-
     @property
     def num_active(self) -> int | None:
         """How many vectors of each word prompts use at this step; None: all."""
@@ -245,12 +220,11 @@ class Inversion:
         Raises:
             Diverged: a loss was not finite; the rows are the last ones for which it was.
         """
-        if self._watch.healthy():
-            return
-        self.step_count = int(self._watch.good_steps)
-        placeholders = [word.placeholder for word in self.words]
-        cause = self._watch.cause(placeholders, self.vocabulary_norm, self.sd.dtype)
-        raise Diverged(f"step {self.step_count + 1}: the loss is not finite; probably {cause}")
+        if not self._watch.healthy():
+            self.step_count = int(self._watch.good_steps)
+            names = [word.placeholder for word in self.words]
+            cause = self._watch.cause(names, self.vocabulary_norm, self.sd.dtype)
+            raise Diverged(f"step {self.step_count + 1}: the loss is not finite; probably {cause}")
 
     @torch.no_grad()
     def evaluate(self) -> Tensor:
@@ -260,7 +234,7 @@ class Inversion:
         drawn. With these fixed, it shows how the word gets better (DVAR, arXiv 2302.04841).
         """
         n, size, sums = self.settings.batch_size, self.settings.eval_size, 0
-        drawn = [self._draw(word, size, "evaluation", self.settings.eval_seed) for word in self.words]
+        drawn = self._draw(size, "evaluation", self.settings.eval_seed)
         for first in range(0, size, n):
             sums = sums + self._losses([batch[first : first + n] for batch in drawn])
         self._watch.check_finite([sums])

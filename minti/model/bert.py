@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention
-from .clip import TextOutput, embedding_table
-from .embedding import TokenEmbedding
+from .clip import TextOutput
+from .embedding import Embedding, TokenEmbedding
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class BertEncoder(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = embedding_table(config.max_position_embeddings, config.hidden_size)
+        self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.layer_norm = nn.LayerNorm(config.hidden_size)
 

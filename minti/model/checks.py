@@ -7,8 +7,15 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ..errors import InputError, check_number
+from .embedding import LearnedWord
 
 MAX_SIDE = 16384  # pixels
+FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "LDM, or SDXL's second encoder", 2048: "SDXL, 768 + 1280"}
+
+
+def encoder_of(width: int) -> str:
+    """What kind of text encoder has word vectors of this width."""
+    return f"{width}-wide encoder" + (f" ({FAMILIES[width]})" if width in FAMILIES else "")
 
 
 def check_options(prompts: Sequence[str], seeds: Sequence[int], options: Mapping[str, object]) -> None:
@@ -44,6 +51,16 @@ def check_size(size: object, default: int, f: int) -> tuple[int, int]:
         up, text = ("x".join(str(side) for side in both) for both in ([-(-s // f) * f for s in sides], sides))
         raise InputError(f"size {text}: both sides must be multiples of {f}, for instance {up}")
     return sides
+
+
+def check_width(word: LearnedWord, own: int) -> None:
+    """Raise InputError unless a learned word has the width of the word vectors of this model, `own`."""
+    width = word.vectors.shape[1]
+    if width != own:
+        raise InputError(
+            f"{word.placeholder!r} was learned on a {encoder_of(width)}, this checkpoint has a "
+            f"{encoder_of(own)}; use the model it was learned on"
+        )
 
 
 def check_output(output: Tensor, what: str, modules: Mapping[str, nn.Module], source: str) -> None:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention
-from .config import TextConfig, VisionConfig
-from .embedding import TokenEmbedding
+from .config import TextConfig, TransformerConfig
+from .embedding import Embedding, TokenEmbedding
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class CLIPAttention(nn.Module):
             that it could be trained as a language model as well (arXiv 2103.00020, section 2.4).
     """
 
-    def __init__(self, config: TextConfig | VisionConfig, causal: bool) -> None:
+    def __init__(self, config: TransformerConfig, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal = config.num_attention_heads, causal
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -52,7 +52,7 @@ class CLIPAttention(nn.Module):
 class CLIPMLP(nn.Module):
     """The perceptron of a layer, applied to every position by itself: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, config: TextConfig | VisionConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -65,7 +65,7 @@ class CLIPMLP(nn.Module):
 class CLIPLayer(nn.Module):
     """A pre-norm transformer layer, attention and perceptron with a shortcut each: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, config: TextConfig | VisionConfig, causal: bool) -> None:
+    def __init__(self, config: TransformerConfig, causal: bool) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = CLIPAttention(config, causal)
@@ -80,7 +80,7 @@ class CLIPLayer(nn.Module):
 class CLIPEncoder(nn.Module):
     """The stack of layers."""
 
-    def __init__(self, config: TextConfig | VisionConfig, causal: bool) -> None:
+    def __init__(self, config: TransformerConfig, causal: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(CLIPLayer(config, causal) for _ in range(config.num_hidden_layers))
 
@@ -92,19 +92,13 @@ class CLIPEncoder(nn.Module):
         return hidden_states
 
 
-def embedding_table(rows: int, dim: int) -> nn.Embedding:
-    """`nn.Embedding(rows, dim)`, which on the meta device would import all of PyTorch's compiler: seconds."""
-    weight = torch.empty(rows, dim)
-    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
-
-
 class TextEmbeddings(nn.Module):
     """The sum of a vector for each token and one for each position: (B, L) ids -> (B, L, D)."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = embedding_table(config.max_position_embeddings, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]

@@ -13,10 +13,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
+from .blocks import TimeEmbedding, timestep_embedding
 from .clip import CLIPTextModel, TextOutput, first_end
+from .config import UNetConfig
 from .tokenizer import Tokenizer
+from .vae import VAE
 
 
 class Conditioning(NamedTuple):
@@ -24,7 +29,49 @@ class Conditioning(NamedTuple):
 
     context: Tensor  # (B, 77, D), which it attends to
     # SDXL: the pooled text, (B, P), and sizes and crops in pixels, (B, 6)
-    added: tuple[Tensor, Tensor] | None = None
+    added: tuple[Tensor, ...] | None = None
+
+    def take(self, order: list[int]) -> Conditioning:
+        """Those of some of the prompts, in another order."""
+        return Conditioning(self.context[order], self.added and tuple(part[order] for part in self.added))
+
+    def clear(self, index: int) -> None:
+        """Let SDXL see zeros in the place of a prompt and its summary."""
+        self.context[index], self.added[0][index] = 0, 0
+
+
+class AddedEmbedding(TimeEmbedding):
+    """What SDXL adds to the embedding of the time step."""
+
+    def __init__(self, config: UNetConfig, time_dim: int) -> None:
+        super().__init__(config.projection_class_embeddings_input_dim, time_dim)
+        self.width = config.addition_time_embed_dim
+
+    def forward(self, added: tuple[Tensor, ...] | None) -> Tensor:
+        """Pooled text (N, P), and sizes and crops in pixels (N, 6), to (N, time_dim).
+
+        Raises:
+            InputError: they are not given.
+        """
+        if added is None:
+            raise InputError(
+                "this UNet has SDXL's add_embedding: it also needs pooled text, sizes and crops (`added`)"
+            )
+        pooled, sizes = added
+        sizes = timestep_embedding(sizes.flatten(), self.width)  # (N, 6) -> (6N, width)
+        sizes = sizes.view(len(pooled), -1).to(self.linear_1.weight.dtype)  # (6N, width) -> (N, 6*width)
+        return super().forward(torch.cat([pooled, sizes], dim=-1))
+
+
+def blank_canvas(vae: VAE, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an inpainting UNet sees beside latents x, (1, C, h, w), where everything is to be painted.
+
+    Returns:
+        (1, 1 + C, h, w): a mask of ones, and the latents of a grey picture.
+    """
+    height, width = (side * vae.config.downscale for side in x.shape[2:])
+    grey = vae.encode(torch.zeros(1, 3, height, width, device=x.device, dtype=vae.dtype)).mean
+    return F.pad(grey.to(dtype) * vae.config.scaling_factor, (0, 0, 0, 0, 1, 0), value=1)
 
 
 def encode_parts(tokenizer: Tokenizer, prompt: str, in_parts: bool = True) -> Tensor:

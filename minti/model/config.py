@@ -13,53 +13,34 @@ from dataclasses import dataclass
 from ..errors import InputError
 
 
-def refuse_unless(holds: bool, why: str) -> None:
-    """Raise InputError for a config that makes no model."""
-    if not holds:
-        raise InputError(why)
-
-
 def _check_heads(width: int, heads: int) -> None:
-    refuse_unless(
-        width % heads == 0, f"{width} channels cannot be divided evenly among {heads} attention heads"
-    )
+    if width % heads:
+        raise InputError(f"{width} channels cannot be divided evenly among {heads} attention heads")
 
 
 @dataclass(frozen=True)
-class TextConfig:
-    """The CLIP text encoder. Defaults: ViT-L/14 as in SD 1.x."""
+class TransformerConfig:
+    """The transformer in an encoder of CLIP. Defaults: the text encoder of ViT-L/14, as in SD 1.x."""
 
-    vocab_size: int = 49408
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"  # x * sigmoid(1.702 x) in OpenAI's models, "gelu" in OpenCLIP's
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
-    projection_dim: int | None = None  # None: the encoder ends without text_projection, as in SD 1.x and 2.x
 
     def __post_init__(self) -> None:
         _check_heads(self.hidden_size, self.num_attention_heads)
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """The CLIP image encoder. Defaults: ViT-B/32, with which the papers score their results."""
+class TextConfig(TransformerConfig):
+    """CLIP's text encoder."""
 
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    projection_dim: int = 512
-
-    def __post_init__(self) -> None:
-        _check_heads(self.hidden_size, self.num_attention_heads)
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49407
+    projection_dim: int | None = None  # None: the encoder ends without text_projection, as in SD 1.x and 2.x
 
 
 @dataclass(frozen=True)
@@ -78,20 +59,17 @@ class UNetConfig:
     upcast_attention: bool = False  # SD 2.1's attention logits overflow float16
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    # SDXL: the width of the embedding of each size and crop coordinate, and of the pooled text together with
-    # six such embeddings.
+    # SDXL: widths of the embedding of one size, and of the pooled text together with six such embeddings.
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     sample_size: tuple[int, int] = (64, 64)  # height and width, in latents, of the pictures it was trained on
 
     def __post_init__(self) -> None:
-        for channels, heads, depth in zip(
-            self.block_out_channels, self.num_attention_heads, self.transformer_depth, strict=True
-        ):
+        levels = zip(self.block_out_channels, self.num_attention_heads, self.transformer_depth, strict=True)
+        middle = (self.block_out_channels[-1], self.num_attention_heads[-1], self.mid_depth)
+        for channels, heads, depth in (*levels, middle):
             if depth:
                 _check_heads(channels, heads)
-        if self.mid_depth:
-            _check_heads(self.block_out_channels[-1], self.num_attention_heads[-1])
 
 
 @dataclass(frozen=True)
@@ -129,13 +107,11 @@ class ScheduleConfig:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        kinds = ("epsilon", "v_prediction", "sample")
-        refuse_unless(
-            self.prediction_type in kinds,
-            f"prediction_type = {self.prediction_type!r} is not supported, only {', '.join(kinds)}",
-        )
-        refuse_unless(
-            not (self.rescale_betas_zero_snr and self.prediction_type == "epsilon"),
-            "rescale_betas_zero_snr leaves nothing but noise at the last time step, where epsilon says "
-            "nothing of the picture; it needs prediction_type v_prediction or sample",
-        )
+        kind, kinds = self.prediction_type, ("epsilon", "v_prediction", "sample")
+        if kind not in kinds:
+            raise InputError(f"prediction_type = {kind!r} is not supported, only {', '.join(kinds)}")
+        if self.rescale_betas_zero_snr and kind == "epsilon":
+            raise InputError(
+                "rescale_betas_zero_snr leaves nothing but noise at the last time step, where epsilon says "
+                "nothing of the picture; it needs prediction_type v_prediction or sample"
+            )

@@ -16,15 +16,19 @@ class LearnedWord(Protocol):
     vectors: Tensor
 
 
-FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "LDM, or SDXL's second encoder", 2048: "SDXL, 768 + 1280"}
+class Embedding(nn.Module):
+    """A table of vectors, (count, width).
+
+    `nn.Embedding` would import all of PyTorch's compiler on the meta device, which takes seconds.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        weight = torch.empty(count, width)
+        self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_())
 
 
-def encoder_of(width: int) -> str:
-    """What kind of text encoder has word vectors of this width."""
-    return f"{width}-wide encoder" + (f" ({FAMILIES[width]})" if width in FAMILIES else "")
-
-
-class TokenEmbedding(nn.Module):
+class TokenEmbedding(Embedding):
     """A table of word vectors, frozen, with the rows of learned words below it.
 
     Ids of the vocabulary look a vector up in the table, ids above it in the rows of the placeholder words,
@@ -38,9 +42,7 @@ class TokenEmbedding(nn.Module):
     """
 
     def __init__(self, vocab_size: int, width: int) -> None:
-        super().__init__()
-        weight = torch.empty(vocab_size, width)
-        self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_())
+        super().__init__(vocab_size, width)
         self.words = nn.ParameterList()
         self.columns = slice(0, width)
 
@@ -60,30 +62,3 @@ class TokenEmbedding(nn.Module):
             return known
         rows = F.embedding((ids - vocab_size).where(learned, 0), self.rows).to(known.dtype)
         return torch.where(learned[..., None], rows, known)
-
-
-class WordTables:
-    """The tables of word vectors of a model, which has one text encoder or two side by side."""
-
-    text_encoder: nn.Module
-
-    @property
-    def vocabulary(self) -> Tensor:
-        """The checkpoint's own word vectors, (vocab_size, D), without any learned ones."""
-        tables = [table.weight for table in self.tables]
-        return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The columns of a word's vectors for each text encoder; () where there is one encoder."""
-        widths = tuple(table.weight.shape[1] for table in self.tables)
-        return widths if len(widths) > 1 else ()
-
-    @property
-    def tables(self) -> list[TokenEmbedding]:
-        """The tables of word vectors: one for each text encoder; a word has columns in every one of them."""
-        return [module for module in self.text_encoder.modules() if isinstance(module, TokenEmbedding)]
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """The vectors that the text encoders begin with, (B, L) -> (B, L, D)."""
-        return torch.cat([table(ids) for table in self.tables], dim=-1)

@@ -4,11 +4,23 @@ pictures. It takes no part in making them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from .clip import CLIPEncoder, embedding_table
-from .config import VisionConfig
+from .clip import CLIPEncoder
+from .config import TransformerConfig
+from .embedding import Embedding
+
+
+@dataclass(frozen=True)
+class VisionConfig(TransformerConfig):
+    """CLIP's image encoder. Defaults: ViT-B/32, with which the papers score their results."""
+
+    image_size: int = 224
+    patch_size: int = 32
+    projection_dim: int = 512
 
 
 class VisionEmbeddings(nn.Module):
@@ -21,7 +33,7 @@ class VisionEmbeddings(nn.Module):
             3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
         )
         patches = (config.image_size // config.patch_size) ** 2
-        self.position_embedding = embedding_table(1 + patches, config.hidden_size)
+        self.position_embedding = Embedding(1 + patches, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, 1 + N, D) for N patches."""

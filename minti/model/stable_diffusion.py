@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import InputError, check_number
-from .checks import check_options, check_output, check_size, check_weights
-from .conditioning import Conditioning, encode_parts, join_parts
+from ..errors import check_number
+from .checks import check_options, check_output, check_size, check_weights, check_width
+from .conditioning import Conditioning, blank_canvas, encode_parts, join_parts
 from .diffusion import Schedule
-from .embedding import LearnedWord, WordTables, encoder_of
+from .embedding import LearnedWord, TokenEmbedding
 from .kernels import compile_for
 from .tokenizer import Tokenizer
 from .unet import UNet
@@ -22,7 +22,7 @@ from .vae import VAE
 
 
 @dataclass
-class StableDiffusion(WordTables):
+class StableDiffusion:
     """A text-to-image latent diffusion model.
 
     All modules are frozen and share one device and dtype, except for an autoencoder that needs float32.
@@ -35,7 +35,7 @@ class StableDiffusion(WordTables):
     schedule: Schedule
     source: str = "the checkpoint"  # where it was loaded from, for messages
     zero_empty_prompt: bool = False  # was trained with zeros for no prompt, instead of the prompt ""
-    _grey: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+    _canvas: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -51,6 +51,27 @@ class StableDiffusion(WordTables):
         height, width = self.unet.config.sample_size
         return width * self.vae.config.downscale, height * self.vae.config.downscale
 
+    @property
+    def tables(self) -> list[TokenEmbedding]:
+        """The table of word vectors of each text encoder; a word has columns in every one of them."""
+        return [module for module in self.text_encoder.modules() if isinstance(module, TokenEmbedding)]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The columns of a word's vectors for each text encoder; () where there is one encoder."""
+        widths = tuple(table.weight.shape[1] for table in self.tables)
+        return widths if len(widths) > 1 else ()
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """The checkpoint's own word vectors, (vocab_size, D), without any learned ones."""
+        weights = [table.weight for table in self.tables]
+        return weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The vectors that the text encoders begin with, (B, L) -> (B, L, D)."""
+        return torch.cat([table(ids) for table in self.tables], dim=-1)
+
     def add_concept(self, concept: LearnedWord, *, replace: bool = False) -> nn.Parameter:
         """Teach the model a learned word: it can be used in every prompt from now on.
 
@@ -64,12 +85,7 @@ class StableDiffusion(WordTables):
             InputError: the word was learned for another kind of model, or its name is taken.
         """
         tables = self.tables
-        width, own = concept.vectors.shape[1], sum(table.weight.shape[1] for table in tables)
-        if width != own:
-            raise InputError(
-                f"{concept.placeholder!r} was learned on a {encoder_of(width)}, this checkpoint has a "
-                f"{encoder_of(own)}; use the model it was learned on"
-            )
+        check_width(concept, sum(table.weight.shape[1] for table in tables))
         first = len(tables[0].weight) + len(tables[0].rows)
         ids = range(first, first + len(concept.vectors))
         self.tokenizer.add_placeholder(concept.placeholder, ids, replace=replace)
@@ -109,8 +125,7 @@ class StableDiffusion(WordTables):
         """
         z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         # Few at a time: for a large picture the decoder takes more memory than everything before it.
-        count = max(1, 64**2 // z[0, 0].numel())
-        pixels = torch.cat([self.vae.decode(part) for part in z.split(count)])
+        pixels = torch.cat([self.vae.decode(part) for part in z.split(max(1, 64**2 // z[0, 0].numel()))])
         check_output(pixels, "autoencoder", self._modules, self.source)
         array = pixels.float().div(2).add(0.5).clamp(0, 1).mul(255).round().byte()
         array = array.permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
@@ -199,12 +214,11 @@ class StableDiffusion(WordTables):
         and eps = eps_without + w (eps_with - eps_without): classifier-free guidance (arXiv 2207.12598).
 
         Args:
-            size_condition: for SDXL, what the pictures should look like a crop of, six numbers in pixels:
-                original height and width, top and left of the crop, target height and width. By default a
-                photo of this very size. See `sample` for the others.
+            size_condition: for SDXL, the crop that the pictures should look like, in pixels: height and width
+                of the original, top and left of the crop, its height and width; by default all of `size`.
             x_T: (B, C, h, w) float32 noise to start from, instead of that of the seeds.
             beside: what an inpainting UNet sees beside x_t, instead of `inpainting_channels`.
-            sampler: (predict, x_T) -> every x_t on a way of its own, instead of `Schedule.ddim_sample`.
+            sampler: (predict, x_T) -> every x_t, instead of `Schedule.ddim_sample`. Others as in `sample`.
 
         Yields:
             (B, C, h, w) float32, `steps` times; the last are the finished latents.
@@ -220,7 +234,6 @@ class StableDiffusion(WordTables):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         x_T = torch.cat([torch.randn(shape, generator=g) for g in generators]) if x_T is None else x_T
         x_T = x_T.to(device)
-
         guided = guidance_scale > 1
         texts = [negative_prompt] * len(prompts) + list(prompts) if guided else list(prompts)
         sizes = size_condition or (height, width, 0, 0, height, width)
@@ -254,12 +267,10 @@ class StableDiffusion(WordTables):
         parts = [encode_parts(self.tokenizer, text or "", in_parts) for text in different]  # (n, 77) each
         ids = torch.cat(parts).to(self.device)
         each = self.condition(ids, torch.tensor([sizes] * len(ids), device=self.device))
-        context, added = join_parts(each, [len(part) for part in parts])
+        each = join_parts(each, [len(part) for part in parts])
         if self.zero_empty_prompt and None in different:
-            none = different.index(None)
-            context[none], added[0][none] = 0, 0
-        order = [different.index(text) for text in texts]
-        return Conditioning(context[order], added and tuple(condition[order] for condition in added))
+            each.clear(different.index(None))
+        return each.take([different.index(text) for text in texts])
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's output for noisy latents.
@@ -277,17 +288,12 @@ class StableDiffusion(WordTables):
 
     @torch.no_grad()
     def inpainting_channels(self, x: Tensor) -> list[Tensor]:
-        """What an inpainting UNet sees beside noisy latents x, (B, C, h, w): a mask and a picture.
-
-        Here everything is to be painted: the mask is one, and the picture grey. Other models see nothing.
-        """
+        """What the UNet sees beside noisy latents x, (B, C, h, w): nothing, unless it was made to inpaint."""
         if self.unet.config.in_channels == x.shape[1]:
             return []
-        size = tuple(side * self.vae.config.downscale for side in x.shape[2:])
-        if size not in self._grey:
-            grey = self.vae.encode(torch.zeros(1, 3, *size, device=x.device, dtype=self.vae.dtype)).mean
-            self._grey[size] = grey.to(self.dtype) * self.vae.config.scaling_factor
-        return [torch.ones_like(x[:, :1], dtype=self.dtype), self._grey[size].expand_as(x)]
+        if x.shape[2:] not in self._canvas:
+            self._canvas[x.shape[2:]] = blank_canvas(self.vae, x[:1], self.dtype)
+        return [self._canvas[x.shape[2:]].expand(len(x), -1, -1, -1)]
 
     def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """(width, height) in pixels, filled in and checked. Raises InputError unless multiples of 8."""

@@ -136,15 +136,14 @@ class Tokenizer:
     ) -> None:
         for symbol in (self.start, self.end, pad):
             if symbol not in vocab:
-                raise InputError(
-                    f"{source}: the vocabulary has no {symbol!r}; is it {self.kind}'s tokenizer?"
-                )
+                why = f"the vocabulary has no {symbol!r}; is it {self.kind}'s tokenizer?"
+                raise InputError(f"{source}: {why}")
         self.vocab, self.max_length = vocab, max_length
         self.start_id, self.end_id, self.pad_id = vocab[self.start], vocab[self.end], vocab[pad]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.symbols = byte_symbols()
-        self.placeholders = {}
         self._word_ids = lru_cache(maxsize=65536)(self._encode_word)
+        self.placeholders = {}
 
     def __len__(self) -> int:
         """One more than the largest id in use."""
@@ -158,7 +157,7 @@ class Tokenizer:
     def placeholders(self, placeholders: Mapping[str, Iterable[int]]) -> None:
         self._placeholders = {word: list(ids) for word, ids in placeholders.items()}
         self._placeholder_pattern = _pattern_of(self._placeholders)
-        self._rows: dict[str, Tensor] = {}  # the ids of prompts that were encoded before
+        self._prompt_ids = lru_cache(maxsize=10_000)(self._encode_prompt)
 
     def add_placeholder(self, word: str, ids: Iterable[int], *, replace: bool = False) -> None:
         """Let a word stand for the given ids, one for each of its vectors.
@@ -184,10 +183,8 @@ class Tokenizer:
                 raise InputError(f"placeholder {word!r} is in use already; rename one of the two")
             ids_now = self.encode(key) if any(c.isalnum() for c in key) else []
             if key in (START, END) or (len(ids_now) == 1 and ids_now != [self.unknown_id]):
-                raise InputError(
-                    f"placeholder {word!r} is a word the model knows and would lose its meaning; "
-                    f"choose another, such as <{key}>"
-                )
+                why = "is a word the model knows and would lose its meaning"
+                raise InputError(f"placeholder {word!r} {why}; choose another, such as <{key}>")
         self.placeholders = self.placeholders | {key: ids}
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
@@ -223,12 +220,7 @@ class Tokenizer:
             InputError: a placeholder word does not fit, since without it the picture would be another.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if len(self._rows) > 10_000:
-            self._rows.clear()
-        for prompt in prompts:
-            if prompt not in self._rows:
-                self._rows[prompt] = self._encode_prompt(prompt)
-        return torch.stack([self._rows[prompt] for prompt in prompts])
+        return torch.stack([self._prompt_ids(prompt) for prompt in prompts])
 
     def frame(self, ids: Sequence[int]) -> Tensor:
         """The row of 77 ids for up to 75 ids of words."""
@@ -240,10 +232,9 @@ class Tokenizer:
         for word, word_ids in self.pieces(prompt):
             if len(ids) + len(word_ids) > room:
                 if word in self.placeholders:
-                    raise InputError(
-                        f"{word!r} with its {len(word_ids)} vectors does not fit into the {room} tokens of a "
-                        f"prompt; shorten the text before it, or sample with long_prompts: {prompt[:60]!r}"
-                    )
+                    why = f"with its {len(word_ids)} vectors does not fit into the {room} tokens of a prompt"
+                    remedy = f"shorten the text before it, or sample with long_prompts: {prompt[:60]!r}"
+                    raise InputError(f"{word!r} {why}; {remedy}")
                 lost.append(word)
             ids += word_ids
         if lost:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import InputError
 from .attention import fused_linear
 from .blocks import Downsample, ResnetBlock, SpatialTransformer, TimeEmbedding, Upsample, timestep_embedding
+from .conditioning import AddedEmbedding
 from .config import UNetConfig
 
 
@@ -122,7 +122,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(channels[0], time_dim)
         self.add_embedding = None
         if config.projection_class_embeddings_input_dim:
-            self.add_embedding = TimeEmbedding(config.projection_class_embeddings_input_dim, time_dim)
+            self.add_embedding = AddedEmbedding(config, time_dim)
 
         self.down_blocks = nn.ModuleList()
         skips = [channels[0]]  # channels of each output of the way down
@@ -162,25 +162,15 @@ class UNet(nn.Module):
 
         Args:
             t: (N,) time steps; N is the batch, or 1 for a whole batch, or the steps of a sampling run.
-            added: SDXL's further conditions: pooled text (N, P), and sizes and crops in pixels (N, 6).
+            added: SDXL's further conditions, see `AddedEmbedding`, which raises InputError without them.
 
         Returns:
             (N, sum of shift_width): the shifts of all residual blocks, in the order of the forward pass.
-
-        Raises:
-            InputError: the UNet needs `added`, and it is not given.
         """
-        dtype = self.conv_in.weight.dtype
-        embedding = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(dtype))
+        sinusoids = timestep_embedding(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype)
+        embedding = self.time_embedding(sinusoids)
         if self.add_embedding is not None:
-            if added is None:
-                raise InputError(
-                    "this UNet has SDXL's add_embedding: it also needs pooled text, sizes and crops (`added`)"
-                )
-            pooled, sizes = added
-            sizes = timestep_embedding(sizes.flatten(), self.config.addition_time_embed_dim)  # (6N, 256)
-            sizes = sizes.view(len(pooled), -1).to(dtype)  # (6N, 256) -> (N, 6*256)
-            embedding = embedding + self.add_embedding(torch.cat([pooled, sizes], dim=-1))
+            embedding = embedding + self.add_embedding(added)
         projections = [resnet.time_emb_proj for block in self.blocks for resnet in block.resnets]
         return fused_linear(projections, F.silu(embedding))
 

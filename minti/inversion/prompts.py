@@ -1,0 +1,48 @@
+"""Refuses words that do not fit into the prompts they are learned or used in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ..errors import InputError
+from ..model.tokenizer import Tokenizer, clean
+from .batches import Settings, Word, photo_word
+
+log = logging.getLogger(__name__)
+
+
+def check_prompts(
+    tokenizer: Tokenizer, word: Word, words: Sequence[Word], settings: Settings, templates: Sequence[str]
+) -> None:
+    """See that a word can be learned; a warning tells of prompts that name another one of the `words`.
+
+    Args:
+        tokenizer: the model's, which knows the words by now.
+        word: the word to look at.
+        words: all that are learned together.
+        settings: how they are learned.
+        templates: of prompts that the word will also be used in, beside its own.
+
+    Raises:
+        InputError: the word has another number of vectors than `settings.progressive` is for; it occurs in a
+            prompt of its own without being put there; or there is no room for its vectors.
+    """
+    count = 1 + len(settings.progressive)
+    if settings.progressive and len(word.init) != count:
+        raise InputError(
+            f"{word.placeholder!r} has {len(word.init)} vectors, progressive steps are for {count}: "
+            "one to start with and one more at each"
+        )
+    key, learned = clean(word.placeholder), {clean(other.placeholder) for other in words}
+    own = (*word.templates, *filter(None, word.captions))
+    for text in own:
+        pieces = {piece for piece, _ in tokenizer.pieces(text.replace("{}", " "))}
+        if key in pieces:
+            what = f"placeholder {word.placeholder!r} occurs in the prompt {text!r} itself"
+            raise InputError(f"{what}; choose another, such as <{key}>")
+        for other in learned & pieces:
+            log.warning("%r and %r influence each other: %r names both", word.placeholder, other, text)
+    extra = f" with {photo_word(word, 0)}" if settings.per_image else ""
+    longest = (*(text + extra for text in own), *templates)
+    tokenizer([text.replace("{}", word.placeholder) for text in longest])

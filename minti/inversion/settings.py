@@ -1,0 +1,48 @@
+"""How words are learned: the options that all words of a run share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import InputError, check_number
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of `Inversion`. Impossible values raise InputError."""
+
+    steps: int = 3000
+    batch_size: int = 4  # samples of each word, in each process
+    accumulate: int = 1  # batches whose gradients are added up for an update
+    lr_schedule: str = "constant"  # or "cosine", down to zero (arXiv 1608.03983, without restarts)
+    warmup: int = 0  # steps over which the learning rate rises from zero
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    weight_decay: float = 0.01  # of AdamW
+    progressive: tuple[int, ...] = ()  # steps at which the second vector of a word joins in, the third, ...
+    regularization: float = 0.0  # weight of ||v - v_init||^2 in the loss
+    max_norm: float | None = None  # longest a vector may be, in mean lengths of the vocabulary's
+    per_image: float = 0.0  # share of prompts that also have a word of their photo's own
+    caption_dropout: float = 0.0  # share of prompts that are the bare word
+    eval_size: int = 16  # samples in the evaluation
+    eval_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_size"):
+            check_number(name, getattr(self, name), int, 1)
+        check_number("warmup", self.warmup, int, 0)
+        for name in ("weight_decay", "regularization"):
+            check_number(name, getattr(self, name), float, 0)
+        for name in ("per_image", "caption_dropout"):
+            check_number(name, getattr(self, name), float, 0, 1)
+        if self.lr_schedule not in ("constant", "cosine"):
+            raise InputError(f"lr_schedule {self.lr_schedule!r}: choose from constant, cosine")
+        if sorted(set(self.progressive)) != list(self.progressive):
+            raise InputError(f"progressive {self.progressive}: the steps should rise")
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at a step, 0 to steps - 1."""
+        factor = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.lr_schedule == "cosine":
+            factor *= 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+        return factor
