@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -122,6 +123,20 @@ def test_no_prompt_is_not_the_empty_prompt(root: Path) -> None:
     )
     assert compare.relative_error(none, empty) > 1e-3
     assert compare.relative_error(empty, red) > 2e-4  # what equal pictures may differ by
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_zero_terminal_snr(guidance_scale: float, root: Path, tmp_path: Path) -> None:
+    """The first step begins where nothing is left of a picture."""
+    shutil.copytree(root / "v_prediction", tmp_path / "zero")
+    path, more = tmp_path / "zero" / "scheduler" / "scheduler_config.json", {"timestep_spacing": "trailing"}
+    more |= {"rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    sd, pipe = minti.load(tmp_path / "zero", device="cpu"), pair(root, "v_prediction")[1]
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **more)
+    how = {"guidance_scale": guidance_scale, "negative_prompt": None, "size": (96, 64)}
+    assert_same_pictures(compare_pictures(sd, pipe, **how))
+    assert pipe.scheduler.timesteps[0] == 999 and sd.schedule.alphas_cumprod[999] < 1e-7
 
 
 def test_size_condition(root: Path) -> None:
