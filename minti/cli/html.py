@@ -1,10 +1,11 @@
-"""The head, the style and the pictures that all HTML reports share."""
+"""HTML reports: the page, its style, tables and pictures."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -85,3 +86,28 @@ def picture(path: Path, alt: str, caption: str = "") -> str:
     size = f"width={image.width} height={image.height}"
     caption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure>{caption}<img{small} src="{source}" {size} alt="{escape(alt)}"></figure>'
+
+
+def page(title: str, top: Iterable[str], sections: Iterable[tuple[str, str, str]], style: str = "") -> str:
+    """A report that needs no network and runs no script.
+
+    Args:
+        title: as HTML.
+        top: HTML above the sections; "" is left out.
+        sections: heading, introduction in plain text, or "", and HTML; those without HTML are left out.
+        style: CSS beside that of all reports.
+    """
+    body = [part for part in top if part]
+    for heading, intro, content in sections:
+        if content:
+            text = f"<p class=soft>{escape(intro)}</p>" if intro else ""
+            body.append(f"<section><h2>{heading}</h2>{text}{content}</section>")
+    head = f"{HEAD}<title>{title} · minti</title><style>{STYLE}{style}</style></head>"
+    joined = "\n".join(body)
+    return f"{head}\n<body>{joined}</body></html>\n"
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """A table of two columns, heading and text, both as HTML; "" if it is empty."""
+    cells = "".join(f"<tr><th scope=row>{head}</th><td>{cell}</td></tr>" for head, cell in rows)
+    return f"<table>{cells}</table>" if rows else ""

@@ -44,6 +44,12 @@ class PromptList:
         """All prompts, the one for reconstruction first."""
         return [self.reconstruction, *(prompt.text for prompt in self.prompts)]
 
+    @property
+    def groups(self) -> list[list[Prompt]]:
+        """The prompts of each group, without the one for reconstruction."""
+        names = dict.fromkeys(prompt.group for prompt in self.prompts)
+        return [[prompt for prompt in self.prompts if prompt.group == name] for name in names]
+
 
 def fill(template: str, word: str) -> str:
     """The prompt with a word in the place of {}; if the word is "", the rest of the prompt."""

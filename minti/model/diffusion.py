@@ -66,8 +66,7 @@ class Schedule:
         return signal * x0 + noise * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the UNet should predict: eps, or x0, or v = signal eps - noise x0 (arXiv 2202.00512, appendix
-        D).
+        """What the UNet should predict: eps, x0, or v = signal eps - noise x0 (arXiv 2202.00512, appendix D).
 
         The arguments and the result have the shapes of `q_sample`.
         """
@@ -96,8 +95,7 @@ class Schedule:
         return signal * x_t - noise * prediction, noise * x_t + signal * prediction
 
     def timesteps(self, steps: int) -> list[tuple[int, int]]:
-        """The steps a sampler takes, from noise to picture, as pairs (t, t_prev) of where it is and where it
-        goes.
+        """The steps a sampler takes, from noise to picture: pairs (t, t_prev), where it is and where it goes.
 
         The three spacings are those of public scheduler configs (Lin et al. 2023, arXiv 2305.08891, table 2).
         Whatever the spacing, t_prev lies T / steps before t, as in the public samplers; behind the last step

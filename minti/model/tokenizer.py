@@ -1,5 +1,4 @@
-"""CLIP's tokenizer: byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) of bytes, and placeholder
-words.
+"""CLIP's tokenizer: byte-pair encoding (Sennrich et al., arXiv 1508.07909) of bytes, and placeholder words.
 
 A prompt is cleaned and cut into words by `PATTERN`. The bytes of every word, in UTF-8, are joined pair by
 pair, in the order in which the pairs were learned (`merge`). The last symbol of a word carries the mark

@@ -1,5 +1,4 @@
-"""The denoiser eps_theta(x_t, t, c): a UNet with cross-attention (Rombach et al., arXiv 2112.10752, section
-3.3).
+"""The denoiser eps_theta(x_t, t, c): a UNet with cross-attention (arXiv 2112.10752, section 3.3).
 
 It looks at a noisy latent picture at several resolutions. On the way down, every level is a few residual
 blocks and a halving of the resolution. The way up is the mirror image, and each of its residual blocks also
@@ -41,7 +40,7 @@ class UNetBlock(nn.Module):
         heads: int,
         depth: int,
         transformers: int,
-        resample: type[Downsample] | type[Upsample] | None = None,
+        resample: type[Downsample | Upsample] | None = None,
     ) -> None:
         super().__init__()
         channels, time_dim = resnets[-1][1], 4 * config.block_out_channels[0]
@@ -175,9 +174,7 @@ class UNet(nn.Module):
         return fused_linear(projections, F.silu(embedding))
 
     def embed_context(self, context: Tensor) -> Tensor:
-        """Compute the keys and values of the prompt for every cross-attention: (B, L, D) -> (B, L, sum of
-        kv_width).
-        """
+        """Keys and values of the prompt for every cross-attention, (B, L, D) -> (B, L, sum of kv_width)."""
         transformers = [transformer for block in self.blocks for transformer in block.attentions]
         attentions = [block.attn2 for t in transformers for block in t.transformer_blocks]
         return fused_linear([layer for a in attentions for layer in (a.to_k, a.to_v)], context)

@@ -1,6 +1,4 @@
-"""The KL autoencoder: pictures to latents of an eighth of their height and width, and back (Rombach et al.,
-arXiv 2112.10752, section 3.1).
-"""
+"""The KL autoencoder: pictures to latents of an eighth of their sides, and back (arXiv 2112.10752, 3.1)."""
 
 from __future__ import annotations
 
@@ -62,9 +60,7 @@ class VAEAttention(Attention):
 
 
 class MidBlock(nn.Module):
-    """Two residual blocks with attention between them, at the lowest resolution: (B, C, H, W) -> (B, C, H,
-    W).
-    """
+    """Residual block, attention, residual block, at the lowest resolution: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -86,12 +82,7 @@ class VAEBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        layers: int,
-        groups: int,
-        resample: type[Downsample] | type[Upsample] | None,
+        self, c_in: int, c_out: int, layers: int, groups: int, resample: type[Downsample | Upsample] | None
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
@@ -131,9 +122,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, C, h, w) latents -> (B, 3, H, W) pixels: the mirror image of the encoder, one residual block
-    deeper.
-    """
+    """(B, C, h, w) latents -> (B, 3, H, W) pixels: the encoder mirrored, every level a block deeper."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cli.html import HEAD, STYLE, picture
+from ..cli.html import page, picture, table
 from ..cli.progress import duration
 from ..cli.svg import chart, short
 from ..formats.atomic import write_atomically
@@ -92,7 +92,7 @@ def _nearest(nearest: Sequence[Sequence[tuple[str, float]]]) -> str:
             f"<span>{escape(w.removesuffix('</w>'))} <i>{cosine:.2f}</i></span>" for w, cosine in words
         )
 
-    return _table([(f"vector {i}", cell(words)) for i, words in enumerate(nearest, 1) if words])
+    return table([(f"vector {i}", cell(words)) for i, words in enumerate(nearest, 1) if words])
 
 
 def _settings(run: RunRecord) -> str:
@@ -101,13 +101,8 @@ def _settings(run: RunRecord) -> str:
             return ", ".join(map(text, value)) or "none"
         return str(value).lower() if isinstance(value, bool) else str(value)
 
-    table = _table([(escape(str(key)), escape(text(value))) for key, value in run.config.items()])
-    return f"<div class=columns>{table}</div>" if table else ""
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><th scope=row>{head}</th><td>{cell}</td></tr>" for head, cell in rows)
-    return f"<table>{cells}</table>" if rows else ""
+    rows = table([(escape(str(key)), escape(text(value))) for key, value in run.config.items()])
+    return f"<div class=columns>{rows}</div>" if rows else ""
 
 
 def nearest_words(sd: StableDiffusion, vectors: Tensor, count: int = 8) -> list[list[tuple[str, float]]]:
@@ -150,16 +145,10 @@ def write_report(folder: Path, nearest: Sequence[Sequence[tuple[str, float]]] = 
         ("Nearest words", same, _nearest(nearest)),
         ("Settings", "", _settings(run)),
     ]
-    body = [
+    top = [
         f"<h1>{word}</h1><p class=soft>{count}{start}.</p>",
         f"<p class=verdict>{escape(verdict(run))}</p>",
         *(f"<p class=warn>{escape(text)}</p>" for text in warnings(run)),
         _tiles(run),
     ]
-    for title, intro, content in sections:
-        if content:
-            intro = f"<p class=soft>{escape(intro)}</p>" if intro else ""
-            body.append(f"<section><h2>{title}</h2>{intro}{content}</section>")
-    body = "\n".join(part for part in body if part)
-    html = f"{HEAD}<title>{word} · minti</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
-    write_atomically(run.folder / "report.html", html.encode(errors="replace"))
+    write_atomically(run.folder / "report.html", page(word, top, sections).encode(errors="replace"))

@@ -144,11 +144,8 @@ def load_source(source: str | list[str]) -> PromptList:
 
 def few_prompts(prompts: PromptList) -> PromptList:
     """Some prompts of each group, from all over it, since neighbours are alike."""
-    groups: dict[str, list[Prompt]] = {}
-    for prompt in prompts.prompts:
-        groups.setdefault(prompt.group, []).append(prompt)
     n = QUICK_PROMPTS_OF_A_GROUP
-    few = [group[i * len(group) // n] for group in groups.values() for i in range(min(n, len(group)))]
+    few = [group[i * len(group) // n] for group in prompts.groups for i in range(min(n, len(group)))]
     return PromptList(few, prompts.reconstruction)
 
 

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..cli.html import HEAD, STYLE, picture
+from ..cli.html import page, picture, table
 from ..cli.images import encode_png, image_grid, thumbnails
 from ..formats.atomic import write_atomically
 from ..formats.photos import load_photos
@@ -141,16 +141,11 @@ class Report:
             ("Where CLIP misleads", _MISLEADS, self._misleads(strips) if judged else ""),
             ("Pictures", _PICTURES, self._pictures(strips)),
             ("Each concept by itself", "", self._concepts()),
-            ("Settings", "", _settings(self.settings)),
+            ("Settings", "", table([(escape(k), escape(str(v))) for k, v in self.settings.items()])),
         ]
         title = escape(self.plan.title)
-        body = [f"<h1>{title}</h1>", *(f"<p>{escape(text)}</p>" for text in self._about())]
-        for heading, intro, content in sections:
-            if content:
-                text = f"<p class=soft>{escape(intro)}</p>" if intro else ""
-                body.append(f"<section><h2>{heading}</h2>{text}{content}</section>")
-        head = f"{HEAD}<title>{title} · minti</title><style>{STYLE}{WIDE}</style></head>"
-        return f"{head}\n<body>{''.join(body)}</body></html>\n"
+        top = [f"<h1>{title}</h1>", *(f"<p>{escape(text)}</p>" for text in self._about())]
+        return page(title, top, sections, WIDE)
 
     def _about(self) -> list[str]:
         """What kind of study this is, and how far it can be trusted."""
@@ -217,10 +212,7 @@ class Report:
 
 def strip_prompts(prompts: PromptList) -> list[str]:
     """The prompts whose pictures are shown: that for reconstruction, then some of each group in turns."""
-    groups: dict[str, list[str]] = {}
-    for prompt in prompts.prompts:
-        groups.setdefault(prompt.group, []).append(prompt.text)
-    turns = [text for turn in zip_longest(*groups.values()) for text in turn if text]
+    turns = [prompt.text for turn in zip_longest(*prompts.groups) for prompt in turn if prompt]
     return [prompts.reconstruction, *turns[: STRIP[1]]]
 
 
@@ -289,8 +281,3 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
             f"<td class={style}><b>{escape(claim['verdict'])}</b></td></tr>"
         )
     return f"<table>{''.join(lines)}</table>" if lines else ""
-
-
-def _settings(settings: Mapping[str, Any]) -> str:
-    rows = (f"<tr><th scope=row>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in settings.items())
-    return f"<table>{''.join(rows)}</table>"
