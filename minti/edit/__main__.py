@@ -153,6 +153,8 @@ class Editor:
         except InputError as error:
             raise InputError(f"{args.mask}: {str(error).removeprefix(f'{args.mask}: ')}") from None
         sd = self.load()
+        if sd.unet.config.in_channels > sd.vae.config.latent_channels and (args.dilate or args.fixed_noise):
+            log.warning("--dilate and --fixed-noise have no effect on a model made for inpainting")
         if args.clip:
             text = ranking_text(args.prompt, sd.tokenizer.placeholders)
             scorer = Scorer.load(args.clip, device=sd.device, tokenizer=args.clip_tokenizer)
