@@ -19,6 +19,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import minti
@@ -27,6 +30,7 @@ from minti.cli.images import thumbnails
 from minti.cli.svg import Point, scatter
 from minti.evaluate import main
 from minti.formats.photos import load_photos
+from minti.inversion.templates import load_templates
 from minti.judge import picture_jobs as pictures
 from minti.judge.benchmark import (
     Benchmark,
@@ -37,12 +41,13 @@ from minti.judge.benchmark import (
     with_tradeoffs,
     word_jobs,
 )
-from minti.judge.evaluation_plan import find_words
+from minti.judge.evaluation_plan import find_words, read_samples
 from minti.judge.picture_jobs import PictureJob, PictureStore, Protocol, file_name, models_of
 from minti.judge.prompts import PROMPTS, PromptList, fill, load_prompts
 from minti.judge.results import as_json
 from minti.judge.scorer import Scorer
 from minti.judge.scores import Score
+from minti.runs.folder import RunRecord, read_state
 
 from .oracles import save_clip
 
@@ -279,6 +284,57 @@ def test_the_store_notices_what_the_pictures_depend_on(base: Path, tmp_path: Pat
     sd.unet.conv_in.weight.data[0, 0, 0, 0] += 1  # another model
     assert store.load(job()) is None
     assert len(store.thumbnails(job())) == COUNT
+
+
+def test_what_is_damaged_in_a_store_is_made_again_or_named(tmp_path: Path) -> None:
+    store, images = PictureStore(tmp_path), [Image.new("RGB", (8, 8))] * 3
+    job = PictureJob("a/b", {"prompt": "x"}, lambda on_step: images)
+    kept = {"embeddings": torch.zeros(3, 4), "facts": torch.zeros(3, 2, dtype=torch.int64)}
+    store.save(job, kept, images)
+    path, sheet = tmp_path / "a/b.safetensors", tmp_path / "a/b.png"
+    content, picture = path.read_bytes(), sheet.read_bytes()
+    assert store.load(job).keys() == kept.keys()
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    for damaged in ({"embeddings": kept["embeddings"]}, kept | {"embeddings": torch.ones(3, 4)}):
+        save_file(damaged, path, about)  # whole for safetensors, but not what was measured
+        assert store.load(job) is None
+    save_file(kept, path, {"inputs": about["inputs"]})  # as earlier versions wrote it
+    assert store.load(job) is not None
+    path.unlink()
+    os.mkfifo(path)
+    assert store.load(job) is None
+    path.unlink()
+    path.write_bytes(content)
+
+    nothing, many = PngInfo(), PngInfo()
+    many.add_text("num_images", "10" * 20)
+    for info, why in ((nothing, "num_images"), (many, "cannot show")):
+        Image.new("RGB", (8, 8)).save(sheet, pnginfo=info)
+        with pytest.raises(InputError, match=rf"b\.png: cannot be read as a picture .*{why}"):
+            store.thumbnails(job)
+    sheet.write_bytes(picture[: len(picture) // 2])
+    with pytest.raises(InputError, match=r"b\.png: cannot be read as a picture"):
+        store.thumbnails(job)
+    sheet.unlink()  # as the message says
+    assert store.load(job) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_a_pipe_in_the_place_of_a_text_is_no_file(tmp_path: Path) -> None:
+    """Opening one would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "prompts.csv")
+    with pytest.raises(InputError, match=r"neither one of .* nor a text file"):
+        load_prompts(str(tmp_path / "prompts.csv"))
+    with pytest.raises(InputError, match="neither object nor style"):
+        load_templates(str(tmp_path / "prompts.csv"))
+    with pytest.raises(InputError, match=r"prompts\.csv: cannot be read .*pipe"):
+        read_samples(tmp_path, "<toy>")
+    os.mkfifo(tmp_path / "log.csv")
+    os.mkfifo(tmp_path / "state.safetensors")
+    assert RunRecord(tmp_path).last_step == 0
+    with pytest.raises(InputError, match=r"state\.safetensors: cannot be read .*pipe"):
+        read_state(tmp_path / "state.safetensors")
 
 
 def test_large_pictures_are_kept_small_and_all_of_them(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import InputError
+from ..formats.reading import check_regular
 
 LISTS = Path(__file__).parent / "template_lists"
 NAMES = ("object", "style")
@@ -22,7 +23,7 @@ def load_templates(name: str) -> tuple[str, ...]:
     """
     path = LISTS / f"{name}.txt" if name in NAMES else Path(name)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = check_regular(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError):
         nor = " nor ".join(NAMES)
         raise InputError(f"templates {name!r}: neither {nor}, nor a text file with one a line") from None

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..formats.concept import Concept
+from ..formats.reading import check_regular
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import clean, replace_words
 from .benchmark import word_jobs
@@ -167,6 +168,8 @@ def read_samples(folder: Path, placeholder: str) -> Mapping[str, list[Path]]:
             word, or says nothing else.
     """
     path = folder / "prompts.csv"
+    if path.exists():
+        check_regular(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             entries = list(csv.DictReader(file))

@@ -19,8 +19,10 @@ from torch import Tensor
 from ..cli.images import COLUMNS, THUMBNAIL, encode_png, image_grid, thumbnails
 from ..cli.processes import Processes
 from ..cli.progress import Progress
+from ..errors import InputError
 from ..formats.atomic import write_atomically
-from ..formats.photos import open_image
+from ..formats.photos import open_image, reading_picture
+from ..formats.reading import check_regular
 from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
 from .scorer import Scorer
@@ -183,11 +185,15 @@ def cost(jobs: Sequence[PictureJob]) -> str:
     return f"{pictures:,} pictures in {steps:,} calls of the UNet, at most {disk / 1e6:,.0f} MB on disk"
 
 
+def _hash(measurements: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(save(dict(measurements))).hexdigest()[:12]
+
+
 class PictureStore:
     """What is left of the pictures of finished jobs, in a folder.
 
     `NAME.png` shows small versions of the pictures; `NAME.safetensors` holds the measurements and is written
-    last, in one piece. A job is finished if that file exists and names the same inputs.
+    last, in one piece. A job is finished if both are there, and the second is whole and of the same inputs.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -196,12 +202,15 @@ class PictureStore:
     def load(self, job: PictureJob) -> dict[str, Tensor] | None:
         """The measurements of a job; None unless it is finished."""
         try:
-            with safe_open(self.folder / f"{job.name}.safetensors", framework="pt") as file:
-                if (file.metadata() or {}).get("inputs") != json.dumps(job.inputs, sort_keys=True):
-                    return None
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
+            check_regular(self.folder / f"{job.name}.png")
+            path = check_regular(self.folder / f"{job.name}.safetensors")
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (InputError, OSError, SafetensorError):
             return None
+        whole = metadata.get("hash") in (None, _hash(found))  # earlier versions wrote no hash
+        return found if whole and metadata.get("inputs") == json.dumps(job.inputs, sort_keys=True) else None
 
     def save(
         self, job: PictureJob, measurements: Mapping[str, Tensor], images: Sequence[Image.Image]
@@ -210,13 +219,21 @@ class PictureStore:
         sheet = image_grid(thumbnails(images), COLUMNS)
         write_atomically(self.folder / f"{job.name}.png", encode_png(sheet, {"num_images": str(len(images))}))
         tensors = {key: tensor.contiguous() for key, tensor in measurements.items()}
-        content = save(tensors, {"inputs": json.dumps(job.inputs, sort_keys=True)})
+        about = {"inputs": json.dumps(job.inputs, sort_keys=True), "hash": _hash(tensors)}
+        content = save(tensors, about)
         write_atomically(self.folder / f"{job.name}.safetensors", content)
 
     def thumbnails(self, job: PictureJob) -> list[Image.Image]:
-        """Small versions of the pictures of a finished job, at most THUMBNAIL pixels wide and high."""
-        with Image.open(self.folder / f"{job.name}.png") as file:
+        """Small versions of the pictures of a finished job, at most THUMBNAIL pixels wide and high.
+
+        Raises:
+            InputError: the file is damaged. Without it, the pictures are made again.
+        """
+        path = self.folder / f"{job.name}.png"
+        with reading_picture(path), Image.open(check_regular(path), formats=["PNG"]) as file:
             sheet, count = file.convert("RGB"), int(file.text["num_images"])
+            if not 0 < count <= sheet.width * sheet.height:
+                raise ValueError(f"it cannot show {count} pictures")
         width, height = sheet.width // min(COLUMNS, count), sheet.height // -(-count // COLUMNS)
         corners = [(width * (i % COLUMNS), height * (i // COLUMNS)) for i in range(count)]
         return [sheet.crop((x, y, x + width, y + height)) for x, y in corners]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..formats.reading import check_regular
 from ..model.tokenizer import Tokenizer
 
 PROMPTS = Path(__file__).parent / "prompt_lists"
@@ -76,7 +77,7 @@ def load_prompts(name: str) -> PromptList:
     shipped = PROMPTS / f"{name}.txt"
     path = shipped if shipped.is_file() and not Path(name).is_file() else Path(name)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = check_regular(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError):
         known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
         raise InputError(f"prompts {name!r}: neither one of {known}, nor a text file, one a line") from None

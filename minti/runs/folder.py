@@ -19,6 +19,7 @@ from ..cli.work_folder import WorkFolder
 from ..cli.yaml_files import read_yaml
 from ..errors import InputError
 from ..formats.concept import Concept
+from ..formats.reading import check_regular
 
 # Options that may change when a run is resumed. The vectors do not depend on them, or the state of the run
 # remembers what they lead to: a hash of the weights, of the photos and their captions, and of the templates.
@@ -96,7 +97,7 @@ def run_folder(
 def read_state(path: Path) -> dict[str, Tensor]:
     """The saved state of a run, {} if there is none. Raises InputError if the file is damaged."""
     try:
-        return load_file(path) if path.exists() else {}
+        return load_file(check_regular(path)) if path.exists() else {}
     except SafetensorError as error:
         raise InputError(f"{path}: is damaged ({error}); remove it to start again") from None
 
@@ -192,8 +193,8 @@ def _read_columns(path: Path) -> dict[str, np.ndarray]:
             return math.nan
 
     try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        with check_regular(path).open(newline="", encoding="utf-8", errors="replace") as file:
             rows = [row for row in csv.DictReader(file) if math.isfinite(value(row.get("step")))]
-    except (OSError, csv.Error):
+    except (InputError, OSError, csv.Error):
         rows = []
     return {column: np.array([value(row.get(column)) for row in rows]) for column in COLUMNS}

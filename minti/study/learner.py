@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..formats.atomic import write_atomically
 from ..formats.concept import Concept
 from ..formats.photos import load_photos
+from ..formats.reading import check_regular
 from ..inversion.batches import Word
 from ..inversion.divergence import Diverged
 from ..inversion.inversion import Inversion
@@ -55,9 +56,9 @@ class Learner:
         if self.is_done(group):
             return 0
         try:
-            with safe_open(self._state(group), framework="pt") as file:
+            with safe_open(check_regular(self._state(group)), framework="pt") as file:
                 return group.settings.steps - int(file.get_tensor("step"))
-        except (OSError, SafetensorError):
+        except (InputError, OSError, SafetensorError):
             return group.settings.steps
 
     def _state(self, group: Group) -> Path:
@@ -109,7 +110,7 @@ class Learner:
         state = self._state(group)
         if state.exists():
             try:
-                inversion.load_state_dict(load_file(state))
+                inversion.load_state_dict(load_file(check_regular(state)))
             except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
                 text = " ".join(str(error).split())[:100]
                 raise InputError(f"{state}: is damaged ({text}); remove it") from None
