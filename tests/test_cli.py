@@ -18,6 +18,7 @@ from minti.cli.options import Options, number, path, size
 from minti.cli.processes import Processes
 from minti.cli.progress import Progress
 from minti.cli.work_folder import WorkFolder
+from minti.cli.yaml_files import read_yaml
 from minti.errors import InputError
 
 from .processes import ENVIRONMENT, ROOT
@@ -525,3 +526,13 @@ def test_progress_prints_few_lines_and_the_last(
         "15/20 steps, 1.00/s, 0:05 left, loss 0.5",
         "20/20 steps, 1.00/s, 0:00 left, loss 0.5",
     ]
+
+
+@pytest.mark.parametrize("text", ["steps: 3\nsteps: 4\n", "words: [{a: 1, b: 2, a: 1}]\n"])
+def test_a_key_that_is_there_twice(text: str, tmp_path: Path) -> None:
+    """PyYAML takes the last one without a word."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"c\.yaml: is not valid YAML \('(steps|a)' is there twice\)"):
+        read_yaml(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("base: &x {a: 1}\nmore: {<<: *x, a: 2}\n")
+    assert read_yaml(tmp_path / "c.yaml")["more"] == {"a": 2}

@@ -197,7 +197,7 @@ def test_layers_without_bound_are_refused_before_anything_is_built() -> None:
 def test_numbers_that_contradict_each_other() -> None:
     assert "30 attention heads" in refused("unet", attention_head_dim=30)
     assert "mirror" in refused("unet", up_block_types=UNETS["sd1"]["up_block_types"][::-1])
-    assert "one for each level" in refused("unet", attention_head_dim=[8, 8])
+    assert "or a list of" in refused("unet", attention_head_dim=[8, 8])
     assert "the same for each level" in refused("unet", layers_per_block=[1, 2, 2, 2])
     assert read("unet", layers_per_block=[2, 2, 2, 2]) == read("unet")
     assert "eos_token_id" in refused("text_encoder", eos_token_id=600)

@@ -309,7 +309,11 @@ def test_numbers_are_bounded(argv: list[str], message: str, folder: Path, tmp_pa
         ("<toy> [red:dog:0.5]", "", 7.5, "'[red:dog:0.5]' is read as text"),
         ("<toy>", "<lora:x:0.5>", 7.5, "'<lora:x:0.5>' is read as text"),
         ("<<toy>>", "", 7.5, "the brackets around '<toy>' are read as text"),
-        ("<toy> (red), at 5:30 [dog]", "", 7.5, None),
+        ("<toy> BREAK red", "", 7.5, "'BREAK' is read as text (for prompts in several parts"),
+        ("<toy> [red|blue]", "", 7.5, "'[red|blue]' is read as text (for choices"),
+        ("<toy> {red | blue}", "", 7.5, "'{red | blue}' is read as text (for choices"),
+        ("a __color__ <toy>", "", 7.5, "'__color__' is read as text (for choices"),
+        ("<toy> (red), at 5:30 [dog] and a|b _c_", "", 7.5, None),
         ("<toy>", "red", 1, "--negative-prompt has no effect with --guidance-scale 1 or less"),
     ],
 )

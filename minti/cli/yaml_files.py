@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ MAX_BYTES, MAX_ENTRIES = 2**20, 50_000  # of a config file; aliases count as oft
 
 # PyYAML raises these beside its own errors, for instance for the date 2024-13-45 and for `!!int x`.
 DAMAGED = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A key that is there twice is an error; PyYAML takes the last one without a word."""
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if keys and keys.most_common(1)[0][1] > 1:
+            raise yaml.YAMLError(f"{keys.most_common(1)[0][0]!r} is there twice")
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -30,7 +40,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = Path(path).read_bytes()
         if len(content) > MAX_BYTES:
             raise InputError(f"{path}: has {len(content)} bytes, too many for a config file")
-        config = yaml.safe_load(content.decode("utf-8-sig"))
+        config = yaml.load(content.decode("utf-8-sig"), _Loader)
     except OSError as error:
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise InputError(f"{path}: cannot be read ({error.strerror}); recipes are {recipes}") from None

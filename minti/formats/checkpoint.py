@@ -92,9 +92,8 @@ def load(
     elif plan.ask_prediction_type:
         kind = probe_prediction_type(modules["unet"])
         plan.schedule = replace(plan.schedule, prediction_type=kind)
-        plan.notes.append(
-            f"prediction type: {kind}, judging by the UNet's output (--prediction-type overrides)"
-        )
+        note = f"prediction type: {kind}, judging by the UNet's output (--prediction-type overrides)"
+        plan.notes.append(note)
     modules["unet"].config = replace(modules["unet"].config, sample_size=trained_size(plan))
     for note in plan.notes:
         log.info("%s: %s", plan.path, note)
@@ -123,9 +122,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device {name!r}: choose from auto, cpu, cuda, cuda:N, mps") from None
-    if not available.get(device.type) or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
+    missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if missing or not available.get(device.type):
         raise InputError(f"device {name!r} is not available here; use --device auto")
     return device
 
@@ -244,12 +242,7 @@ def find_tokenizer(
                 f"{text.vocab_size}; give the tokenizer that belongs to it with {flag}"
             )
         return tokenizer
+    remedy = f"get CLIP's with `python tools/download.py tokenizer {folder / 'tokenizer'}`"
     if isinstance(text, BertConfig):
-        raise InputError(
-            f"{checkpoint}: comes without a tokenizer; put vocab.txt of bert-base-uncased beside it, or give "
-            f"{flag} PATH"
-        )
-    raise InputError(
-        f"{checkpoint}: comes without a tokenizer; get CLIP's with `python tools/download.py tokenizer "
-        f"{folder / 'tokenizer'}`, or give {flag} PATH"
-    )
+        remedy = "put vocab.txt of bert-base-uncased beside it"
+    raise InputError(f"{checkpoint}: comes without a tokenizer; {remedy}, or give {flag} PATH")

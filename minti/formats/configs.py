@@ -147,9 +147,7 @@ def per_level(values: Mapping[str, Any], key: str, levels: int, source: str) -> 
     """One number for each level, of a key that may give one for all."""
     value = values[key] if isinstance(values[key], tuple) else (values[key],) * levels
     if len(value) != levels:
-        raise InputError(
-            f"{source}: {key} = {list(value)} should be one number, or {levels}, one for each level"
-        )
+        raise InputError(f"{source}: {key} = {list(value)} should be one number, or a list of {levels}")
     return value
 
 
@@ -190,9 +188,8 @@ def unet_config(raw: Mapping[str, Any], source: str) -> UNetConfig:
     values = read_keys(raw, UNET, source)
     channels = values["block_out_channels"]
     attended = [DOWN[name] for name in values["down_block_types"]]
-    if [UP[name] for name in reversed(values["up_block_types"])] != attended or len(attended) != len(
-        channels
-    ):
+    mirrored = [UP[name] for name in reversed(values["up_block_types"])]
+    if mirrored != attended or len(attended) != len(channels):
         raise InputError(f"{source}: up_block_types should mirror down_block_types, one for each level")
     depth = per_level(values, "transformer_layers_per_block", len(channels), source)
     layers = per_level(values, "layers_per_block", len(channels), source)

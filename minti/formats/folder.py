@@ -30,9 +30,7 @@ PARTS = {  # name of the part and its folder -> reader of its config, module, na
     "vae": (configs.vae_config, VAE, STEM),
 }
 REFINER = "is the refiner of SDXL, which only finishes pictures; use stable-diffusion-xl-base-1.0"
-PLAYGROUND = (
-    "was trained with the noise levels of EDM, as Playground v2.5 and CosXL, which minti does not have"
-)
+PLAYGROUND = "was trained with EDM's noise levels, as Playground v2.5 and CosXL, which minti does not have"
 
 
 def plan_folder(

@@ -16,6 +16,8 @@ PROMPTS = Path(__file__).parent / "prompt_lists"
 OTHER_TOOLS = {  # what other programs read as a command -> what they use it for
     r"\bembedding:": "ComfyUI's mark of a learned word; write only the word",
     r"<(lora|lyco|hypernet):[^>]*>": "for LoRAs and hypernetworks, which minti does not have",
+    r"\b(BREAK|AND)\b": "for prompts in several parts; --long-prompts cuts by itself",
+    r"[{\[][^{}\[\]]*\|[^{}\[\]]*[}\]]|__\w+__": "for choices among words, which minti does not have",
     r"[(\[][^()\[\]]*:\s*\d*\.?\d+\s*[)\]]|\(\([^()]*\)\)": "for weights of words, which minti does not have",
 }
 
