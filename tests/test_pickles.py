@@ -345,3 +345,10 @@ def test_archives_of_other_things(tmp_path: Path) -> None:
     damaged[locator + 16 : locator + 20] = b"\x02\0\0\0"  # the number of disks, of a zip in several parts
     (tmp_path / "disks.pt").write_bytes(bytes(damaged))
     refused(tmp_path / "disks.pt")
+
+
+def test_a_damaged_length_asks_for_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    path.write_bytes(b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"abc")  # BINBYTES8
+    with pytest.raises(InputError, match=r"old\.pt: truncated or damaged"):
+        pickles.read_torch(path)

@@ -128,6 +128,8 @@ class Unpickler(pickle._Unpickler):
 
     def __init__(self, file: BinaryIO, storage: Storage) -> None:
         super().__init__(file, encoding="latin1")
+        read = self._file_read  # which would reserve as much memory as a damaged length asks for
+        self._file_read = lambda size: read(min(size, PICKLE_LIMIT))
         self._storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
