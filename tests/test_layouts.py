@@ -386,7 +386,7 @@ def test_a_file_without_autoencoder_says_how_to_give_one(models: dict, tmp_path:
         (["ip_adapter.1.to_k_ip.weight"], "IP-Adapter"),
         (["down_blocks.0.motion_modules.0.x"], "AnimateDiff"),
         (["text_model.embeddings.token_embedding.weight"], "text encoder alone"),
-        (["module.down_blocks.0.x", "_orig_mod.x"], "wrapping"),
+        (["module.down_blocks.0.x", "_orig_mod.x"], "torch has wrapped"),
         (["emb_params"], "learned word"),
     ],
 )

@@ -209,8 +209,9 @@ class PictureStore:
                 found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (InputError, OSError, SafetensorError):
             return None
-        whole = metadata.get("hash") in (None, _hash(found))  # earlier versions wrote no hash
-        return found if whole and metadata.get("inputs") == json.dumps(job.inputs, sort_keys=True) else None
+        # Earlier versions wrote no hash.
+        known = (job.inputs, job.inputs | {"hash": _hash(found)})
+        return found if metadata.get("inputs") in [json.dumps(k, sort_keys=True) for k in known] else None
 
     def save(
         self, job: PictureJob, measurements: Mapping[str, Tensor], images: Sequence[Image.Image]
@@ -219,8 +220,9 @@ class PictureStore:
         sheet = image_grid(thumbnails(images), COLUMNS)
         write_atomically(self.folder / f"{job.name}.png", encode_png(sheet, {"num_images": str(len(images))}))
         tensors = {key: tensor.contiguous() for key, tensor in measurements.items()}
-        about = {"inputs": json.dumps(job.inputs, sort_keys=True), "hash": _hash(tensors)}
-        content = save(tensors, about)
+        # One entry only: safetensors writes several in an order that changes from run to run.
+        about = json.dumps(job.inputs | {"hash": _hash(tensors)}, sort_keys=True)
+        content = save(tensors, {"inputs": about})
         write_atomically(self.folder / f"{job.name}.safetensors", content)
 
     def thumbnails(self, job: PictureJob) -> list[Image.Image]:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .blocks import TimeEmbedding, timestep_embedding
 from .clip import CLIPTextModel, TextOutput, first_end
-from .config import UNetConfig
 from .tokenizer import Tokenizer
 from .vae import VAE
 
@@ -43,10 +42,6 @@ class Conditioning(NamedTuple):
 class AddedEmbedding(TimeEmbedding):
     """What SDXL adds to the embedding of the time step."""
 
-    def __init__(self, config: UNetConfig, time_dim: int) -> None:
-        super().__init__(config.projection_class_embeddings_input_dim, time_dim)
-        self.width = config.addition_time_embed_dim
-
     def forward(self, added: tuple[Tensor, ...] | None) -> Tensor:
         """Pooled text (N, P), and sizes and crops in pixels (N, 6), to (N, time_dim).
 
@@ -58,7 +53,8 @@ class AddedEmbedding(TimeEmbedding):
                 "this UNet has SDXL's add_embedding: it also needs pooled text, sizes and crops (`added`)"
             )
         pooled, sizes = added
-        sizes = timestep_embedding(sizes.flatten(), self.width)  # (N, 6) -> (6N, width)
+        width = (self.linear_1.in_features - pooled.shape[1]) // sizes.shape[1]  # 256 in SDXL
+        sizes = timestep_embedding(sizes.flatten(), width)  # (N, 6) -> (6N, width)
         sizes = sizes.view(len(pooled), -1).to(self.linear_1.weight.dtype)  # (6N, width) -> (N, 6*width)
         return super().forward(torch.cat([pooled, sizes], dim=-1))
 

@@ -121,7 +121,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(channels[0], time_dim)
         self.add_embedding = None
         if config.projection_class_embeddings_input_dim:
-            self.add_embedding = AddedEmbedding(config, time_dim)
+            self.add_embedding = AddedEmbedding(config.projection_class_embeddings_input_dim, time_dim)
 
         self.down_blocks = nn.ModuleList()
         skips = [channels[0]]  # channels of each output of the way down

@@ -37,7 +37,7 @@ SD15 = {
     "scheduler": tiny.SCHEDULER | {"prediction_type": "epsilon"},
 }
 TINY = {
-    "text_encoder": tiny.text_config(807),
+    "text_encoder": tiny.text_config(2604),
     "unet": tiny.UNET,
     "vae": tiny.VAE,
     "scheduler": tiny.SCHEDULER,

@@ -49,7 +49,12 @@ VAE_CONFIG = {
     "sample_size": 16,
 }
 CLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT = CLIP | {"model_type": "clip_text_model", "vocab_size": 807, "eos_token_id": 806, "projection_dim": 16}
+TEXT = CLIP | {
+    "model_type": "clip_text_model",
+    "vocab_size": 2604,
+    "eos_token_id": 2603,
+    "projection_dim": 16,
+}
 VISION = CLIP | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 16}
 SCHEDULE = json.loads((TINY / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
 
@@ -145,10 +150,10 @@ def make_judge(folder: Path) -> None:
 def make_tokenizers(folder: Path) -> None:
     """The layouts of tokenizers: slow and fast files of CLIP and BERT, and OpenAI's list."""
     shutil.copytree(TINY / "tokenizer", folder / "slow")
-    write_json(folder / "slow" / "added_tokens.json", {"<cat>": 807, "<cat>_1": 808})
+    write_json(folder / "slow" / "added_tokens.json", {"<cat>": 2604, "<cat>_1": 2605})
     vocab = json.loads((TINY / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     merges = (TINY / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
-    added = [{"id": 807, "content": "<cat>", "special": False, "normalized": True}]
+    added = [{"id": 2604, "content": "<cat>", "special": False, "normalized": True}]
     model = {"type": "BPE", "vocab": vocab, "merges": merges}
     write_json(folder / "fast" / "tokenizer.json", {"added_tokens": added, "model": model})
     words = [
