@@ -139,6 +139,16 @@ def test_zero_terminal_snr(guidance_scale: float, root: Path, tmp_path: Path) ->
     assert pipe.scheduler.timesteps[0] == 999 and sd.schedule.alphas_cumprod[999] < 1e-7
 
 
+def test_sizes_are_exact_in_half_precision(root: Path) -> None:
+    """bfloat16 would make 1024 of 1023; only their sinusoids are rounded."""
+    unet = minti.load(root / "epsilon", device="cpu", dtype="bfloat16").unet
+    pooled = torch.zeros(2, 20, dtype=torch.bfloat16)
+    sizes = torch.tensor([[1023.0, 1023, 0, 0, 1023, 1023], [1024, 1024, 0, 0, 1024, 1024]])
+    with torch.no_grad():
+        one, other = unet.embed_time(torch.tensor([500, 500]), (pooled, sizes))
+    assert not torch.equal(one, other)
+
+
 def test_size_condition(root: Path) -> None:
     sd, pipe = pair(root)
     sizes = (200, 300, 10, 50, 120, 140)
