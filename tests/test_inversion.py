@@ -26,7 +26,7 @@ from minti.inversion.batches import Batch, Settings, Word, photo_word, sample_ba
 from minti.inversion.divergence import Diverged
 from minti.inversion.inversion import Inversion
 from minti.inversion.learn import diffusion_loss, learn_word
-from minti.inversion.start import initial_rows
+from minti.inversion.other_starts import initial_rows
 from minti.inversion.templates import OBJECT
 from minti.inversion.views import Latents, encode_views, make_views
 

@@ -22,7 +22,7 @@ from minti import Concept, InputError, sample, train
 from minti.formats.checkpoint import make_plan
 from minti.inversion.batches import Settings, Word, sample_batch
 from minti.inversion.inversion import Inversion
-from minti.inversion.start import initial_rows
+from minti.inversion.other_starts import initial_rows
 from minti.inversion.views import encode_views, make_views
 
 from . import compare, oracles

@@ -18,7 +18,7 @@ from minti.cli.yaml_files import RECIPES, read_yaml
 from minti.formats.photos import load_photos
 from minti.inversion.batches import Settings, Word
 from minti.inversion.inversion import Inversion
-from minti.inversion.start import initial_rows
+from minti.inversion.other_starts import initial_rows
 from minti.inversion.views import encode_views, make_views
 from minti.judge.scorer import Scorer
 from minti.study.classifier import Judge

@@ -34,7 +34,7 @@ from minti.formats.photos import load_photos
 from minti.inversion import inversion
 from minti.inversion.batches import Settings, Word
 from minti.inversion.inversion import Inversion
-from minti.inversion.start import initial_rows
+from minti.inversion.other_starts import initial_rows
 from minti.inversion.templates import OBJECT
 from minti.inversion.views import encode_views, make_views
 from minti.model.model_hash import model_hash

@@ -45,12 +45,17 @@ class DivergenceWatch:
             p.copy_(torch.where(self._healthy, p, good))
 
     @torch.no_grad()
-    def remember(self) -> None:
-        """Take the parameters as the last good ones, if all is well."""
+    def check_gradients(self, losses: Tensor, scaler: torch.amp.GradScaler) -> None:
+        """Before an update: remember the parameters, if the losses and gradients are finite."""
+        # With a scaled loss, gradients may overflow: the scaler then leaves out the step and scales less.
+        scaled = scaler.is_enabled() and scaler.get_scale() > 1
+        self.check_finite([losses] if scaled else [losses, *(p.grad for p in self._parameters)])
         for p, good in zip(self._parameters, self._last_good, strict=True):
             good.copy_(torch.where(self._healthy, p, good))
 
-    def count_step(self) -> None:
+    def end_step(self) -> None:
+        """After an update: see that the parameters are finite, and count the step if all is well."""
+        self.check_finite(self._parameters)
         self.good_steps += self._healthy
 
     def healthy(self) -> bool:

@@ -15,7 +15,7 @@ from ..formats.photos import Photo, load_photos
 from ..model.stable_diffusion import StableDiffusion
 from .batches import Settings, Word
 from .inversion import Inversion
-from .start import initial_rows
+from .start import word_rows
 from .templates import load_templates
 from .views import encode_views, make_views
 
@@ -86,7 +86,7 @@ def learn(
     size = sd.check_size(size)[0]
     word = Word(
         placeholder,
-        initial_rows(sd, "word", init_word, num_vectors),
+        word_rows(sd, init_word, num_vectors),
         encode_views(sd, make_views(photos, size, flip=True, seed=seed)),
         load_templates(templates),
         [photo.caption for photo in photos],

@@ -11,19 +11,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import InputError
 from ..formats.concept import Concept
 from ..model.kernels import compile_for
 from ..model.stable_diffusion import StableDiffusion
-from ..model.tokenizer import clean
 from . import state as saved
-from .batches import Batch, Settings, Word, photo_word, sample_batch, to_device
+from .batches import Batch, Settings, Word, sample_batch, to_device
 from .divergence import Diverged, DivergenceWatch
+from .extensions import Progression, limit_norms, penalty
 from .learn import diffusion_loss
-from .prompts import check_prompts
-from .start import initial_rows
+from .new_words import add_words
 
 
 class Inversion:
@@ -64,9 +62,9 @@ class Inversion:
         self.sd, self.words, self.settings = sd, list(words), settings
         self.rank, self.world, self.step_count = rank, world, 0
         self.vocabulary_norm = sd.vocabulary.float().norm(dim=1).mean().item()
-        self._add_words(replace, templates)
-        self._all_ids = {clean(w.placeholder): sd.tokenizer.placeholders[clean(w.placeholder)] for w in words}
-        self._update_placeholders()
+        self.rows, self.photo_rows = add_words(sd, self.words, settings, replace=replace, templates=templates)
+        self._progression = Progression(sd.tokenizer, self.words, settings.progressive)
+        self._progression.update_tokenizer(0)
         self._starts = [word.init.to(sd.device) for word in self.words]
         groups = [
             {"params": [rows, *photo_rows], "lr": word.lr}
@@ -83,27 +81,6 @@ class Inversion:
             return diffusion_loss(sd, *inputs)
 
         self._loss = compile_for(sd.device, loss) if compiled else loss
-
-    def _add_words(self, replace: bool, templates: Sequence[str]) -> None:
-        """Teach the model the words, all or none, and see that they fit into their prompts."""
-        sd, known = self.sd, self.sd.tokenizer.placeholders
-        try:
-            self.rows = [sd.add_concept(Concept(w.placeholder, w.init), replace=replace) for w in self.words]
-            self.photo_rows = [self._add_photo_words(word) for word in self.words]
-            for word in self.words:
-                check_prompts(sd.tokenizer, word, self.words, self.settings, templates)
-        except InputError:
-            sd.tokenizer.placeholders = known
-            raise
-
-    def _add_photo_words(self, word: Word) -> list[nn.Parameter]:
-        """A word for each photo, starting at random, which takes up what is special about that photo."""
-        if not self.settings.per_image:
-            return []
-        count = int(word.latents.photo.max()) + 1
-        start = initial_rows(self.sd, "random", "", count, word.seed)
-        concepts = [Concept(photo_word(word, photo), start[photo : photo + 1]) for photo in range(count)]
-        return list(map(self.sd.add_concept, concepts))
 
     def step(self, *, check: bool | None = None) -> Tensor:
         """Take one step. Returns the loss of each word before it, (words,) float32.
@@ -122,15 +99,14 @@ class Inversion:
             self.scaler.scale(loss.sum()).backward()
             losses += loss.detach()
         if self.settings.regularization and self.rank == 0:
-            self.scaler.scale(self._penalty()).backward()
+            self.scaler.scale(penalty(self.rows, self._starts, self.settings.regularization)).backward()
         self._sum_over_processes(losses)
-        self._watch_gradients(losses)
+        self._watch.check_gradients(losses, self.scaler)
         self._update()
         self._constrain()
-        self._watch.check_finite(self._parameters)
-        self._watch.count_step()
+        self._watch.end_step()
         self.step_count += 1
-        self._update_placeholders()
+        self._progression.update_tokenizer(self.step_count)
         if check or (check is None and self.sd.device.type == "cpu"):
             self.check()
         return losses
@@ -163,22 +139,10 @@ class Inversion:
         losses = self._loss(*map(torch.cat, zip(*samples, strict=True)))
         return losses.view(len(self.words), -1).sum(1)
 
-    def _penalty(self) -> Tensor:
-        """The squared distance of the rows to their start, times its weight, summed over the words."""
-        pairs = zip(self.rows, self._starts, strict=True)
-        drift = [(rows - start).square().sum(1).mean() for rows, start in pairs]
-        return (self.settings.regularization * torch.stack(drift)).sum()
-
     def _sum_over_processes(self, losses: Tensor) -> None:
         if self.world > 1:
             for tensor in (losses, *(p.grad for p in self._parameters)):
                 dist.all_reduce(tensor)
-
-    def _watch_gradients(self, losses: Tensor) -> None:
-        # With a scaled loss, gradients may overflow: the scaler then leaves out the step and scales less.
-        scaled = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        self._watch.check_finite([losses] if scaled else [losses, *(p.grad for p in self._parameters)])
-        self._watch.remember()
 
     def _update(self) -> None:
         for group, word in zip(self.optimizer.param_groups, self.words, strict=True):
@@ -186,33 +150,14 @@ class Inversion:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    @torch.no_grad()
     def _constrain(self) -> None:
-        """Keep vectors below the maximal norm, and those that have not joined in yet where they start."""
         if self.settings.max_norm is not None:
-            for p in self._parameters:
-                p.renorm_(2, 0, self.settings.max_norm * self.vocabulary_norm)
-        if self.settings.progressive:
-            for start, rows in zip(self._starts, self.rows, strict=True):
-                waiting = slice(self.num_active, None)
-                rows[waiting] = start[waiting]  # weight decay has changed them
-
-    @property
-    def num_active(self) -> int | None:
-        """How many vectors of each word prompts use at this step; None: all."""
-        steps = self.settings.progressive
-        return 1 + sum(self.step_count >= step for step in steps) if steps else None
+            limit_norms(self._parameters, self.settings.max_norm * self.vocabulary_norm)
+        self._progression.put_back(self.rows, self._starts, self.step_count)
 
     def active_vectors(self, index: int) -> Tensor:
         """The vectors of a word that prompts use at this step, (n, D) float32."""
-        return self.rows[index][: self.num_active]
-
-    def _update_placeholders(self) -> None:
-        """Let the words stand for their active vectors."""
-        known = self.sd.tokenizer.placeholders
-        active = known | {word: ids[: self.num_active] for word, ids in self._all_ids.items()}
-        if active != known:
-            self.sd.tokenizer.placeholders = active
+        return self.rows[index][: self._progression.num_active(self.step_count)]
 
     def check(self) -> None:
         """See that all went well in the steps so far.
@@ -259,4 +204,4 @@ class Inversion:
         """Continue where `state_dict` was taken. Raises InputError if it does not fit."""
         self.step_count = saved.unpack(state, self.optimizer, self.scaler)
         self._watch.good_steps.fill_(self.step_count)
-        self._update_placeholders()
+        self._progression.update_tokenizer(self.step_count)

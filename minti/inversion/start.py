@@ -1,4 +1,4 @@
-"""Where the vectors of a new word start."""
+"""Where the vectors of a new word start: at a word that describes the concept coarsely."""
 
 from __future__ import annotations
 
@@ -8,50 +8,37 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..formats.concept import Concept
 from ..model.stable_diffusion import StableDiffusion
-from .batches import generator
 
 log = logging.getLogger(__name__)
 
 
-def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1, seed: int = 0) -> Tensor:
-    """Where the rows of a new word start, (num_vectors, D) float32.
+@torch.no_grad()
+def word_rows(sd: StableDiffusion, word: str, num_vectors: int = 1) -> Tensor:
+    """The vectors of a word or phrase, (num_vectors, D) float32 on the CPU.
 
     Args:
-        kind: "word": the vectors of `word`, a coarse description of the concept such as "toy", or a word that
-            was learned before. The k tokens of a phrase are spread over the vectors: repeated if too few,
-            averaged if too many (see `_tokens`).
-            "output": the same of the text encoder's output for it (Cross Initialization, arXiv 2312.15905).
-            "random": drawn from the normal distribution of the vocabulary.
-            "file": the vectors of a concept file at the path `word`, however many there are.
+        word: a coarse description of the concept, such as "toy", or a word that was learned before.
 
     Raises:
-        InputError: `word` is empty or of no use for that kind; a file has another number of vectors than the
-            one, more than 1, that was asked for.
+        InputError: `word` is empty, or too long.
     """
-    table = sd.vocabulary
-    if kind == "file":
-        rows = Concept.load(word, width=table.shape[1]).vectors
-        if num_vectors not in (1, len(rows)):
-            raise InputError(f"{word}: has {len(rows)} vectors, num_vectors is {num_vectors}; leave it out")
-        return rows
-    if kind == "random":
-        mean, std = table.float().mean(0).cpu(), table.float().std(0).cpu()
-        return mean + std * torch.randn(num_vectors, len(mean), generator=generator(seed, "init"))
-    if kind not in ("word", "output"):
-        raise InputError(f"init {kind!r}: choose from word, output, random, file")
-    ids = _tokens(sd, word, num_vectors) if kind == "word" else sd.tokenizer.encode(word)
+    ids = _tokens(sd, word, num_vectors)
+    check_tokens(word, ids)
+    return spread(sd.look_up(torch.tensor([ids], device=sd.device))[0], num_vectors)
+
+
+def check_tokens(word: str, ids: list[int]) -> None:
+    """Raise InputError unless these can be the tokens of an init word."""
     if not ids:
         raise InputError(f"init word {word!r} is empty; give a coarse description such as toy")
     if len(ids) > 75:
         raise InputError(f"init word {word[:60]!r} has {len(ids)} tokens; give a shorter description")
-    if kind == "word":
-        with torch.no_grad():
-            vectors = sd.look_up(torch.tensor([ids], device=table.device))[0]
-    else:
-        vectors = sd.encode_prompt([word])[0, 1 : 1 + len(ids)]  # behind the start token
-    n, k = num_vectors, len(ids)
+
+
+def spread(vectors: Tensor, n: int) -> Tensor:
+    """Spread k vectors, (k, D), over n: repeated if too few, averaged if too many. Returns (n, D) float32."""
+    k = len(vectors)
     parts = [vectors[i * k // n : max((i + 1) * k // n, i * k // n + 1)] for i in range(n)]
     return torch.stack([part.float().mean(0) for part in parts]).cpu()
 

@@ -17,7 +17,7 @@ from ..cli.images import image_grid
 from ..errors import InputError
 from ..formats.photos import load_photos
 from ..inversion.batches import Word
-from ..inversion.start import initial_rows
+from ..inversion.other_starts import initial_rows
 from ..inversion.templates import load_templates
 from ..inversion.views import RANDOM_CROPS, View, encode_views, make_views
 from ..model.stable_diffusion import StableDiffusion

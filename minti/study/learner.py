@@ -17,7 +17,7 @@ from ..formats.reading import check_regular
 from ..inversion.batches import Word
 from ..inversion.divergence import Diverged
 from ..inversion.inversion import Inversion
-from ..inversion.start import initial_rows
+from ..inversion.other_starts import initial_rows
 from ..inversion.templates import load_templates
 from ..inversion.views import Latents, encode_views, make_views
 from ..model.stable_diffusion import StableDiffusion
@@ -132,8 +132,7 @@ class Learner:
                 log.warning("%s: %s", *(word.concept.name for word in group.words), error)
                 self._keep(inversion, group, last=True)
         state.unlink(missing_ok=True)
-        for rows in (*inversion.rows, *(p for words in inversion.photo_rows for p in words)):
-            rows.requires_grad_(False)  # they stay in the model's table; later words should not wait for them
+        inversion.freeze()  # the rows stay in the model's table; later words should not wait for them
 
     def _keep(self, inversion: Inversion, group: Group, *, last: bool = False) -> None:
         """Save the words that are to be kept after this step; `last`: also in the place of all later ones."""

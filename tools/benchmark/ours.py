@@ -8,7 +8,7 @@ import minti
 from minti.formats.photos import load_photos
 from minti.inversion.batches import Batch, Settings, Word, sample_batch
 from minti.inversion.inversion import Inversion
-from minti.inversion.start import initial_rows
+from minti.inversion.other_starts import initial_rows
 from minti.inversion.views import encode_views, make_views
 from minti.model import kernels
 

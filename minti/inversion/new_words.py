@@ -1,15 +1,48 @@
-"""Refuses words that do not fit into the prompts they are learned or used in."""
+"""Adding the words that are to be learned to the model, all or none, if they fit into their prompts."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
+from torch import nn
+
 from ..errors import InputError
+from ..formats.concept import Concept
+from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import Tokenizer, clean
 from .batches import Settings, Word, photo_word
+from .extensions import add_photo_words
 
 log = logging.getLogger(__name__)
+
+
+def add_words(
+    sd: StableDiffusion,
+    words: Sequence[Word],
+    settings: Settings,
+    *,
+    replace: bool = False,
+    templates: Sequence[str] = (),
+) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
+    """Teach the model words; the arguments are those of `Inversion`.
+
+    Returns:
+        The (num_vectors, D) float32 rows of each word, and for each word those of the words for its photos.
+
+    Raises:
+        InputError: a placeholder is taken, or see `check_prompts`; the model knows none of the words then.
+    """
+    known = sd.tokenizer.placeholders
+    try:
+        rows = [sd.add_concept(Concept(w.placeholder, w.init), replace=replace) for w in words]
+        photo_rows = [add_photo_words(sd, word) if settings.per_image else [] for word in words]
+        for word in words:
+            check_prompts(sd.tokenizer, word, words, settings, templates)
+    except InputError:
+        sd.tokenizer.placeholders = known
+        raise
+    return rows, photo_rows
 
 
 def check_prompts(
