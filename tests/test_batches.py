@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from minti.errors import InputError
 from minti.inversion.batches import Batch, Settings, Word, generator, photo_word, sample_batch
-from minti.inversion.views import Latents
+from minti.inversion.latents import Latents
 
 T = 1000
 

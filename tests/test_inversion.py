@@ -21,14 +21,15 @@ from torch import Tensor, nn
 import minti
 from minti import Concept, InputError, StableDiffusion
 from minti.formats.photos import load_photos
+from minti.formats.views import make_views
 from minti.inversion import inversion as inversion_module
 from minti.inversion.batches import Batch, Settings, Word, photo_word, sample_batch
 from minti.inversion.divergence import Diverged
 from minti.inversion.inversion import Inversion
+from minti.inversion.latents import Latents, encode_views
 from minti.inversion.learn import diffusion_loss, learn_word
 from minti.inversion.other_starts import initial_rows
 from minti.inversion.templates import OBJECT
-from minti.inversion.views import Latents, encode_views, make_views
 
 from .oracles import pipeline, save_folder
 

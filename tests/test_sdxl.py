@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 import minti
 from minti import Concept, InputError, sample, train
 from minti.formats.checkpoint import make_plan
+from minti.formats.views import make_views
 from minti.inversion.batches import Settings, Word, sample_batch
 from minti.inversion.inversion import Inversion
+from minti.inversion.latents import encode_views
 from minti.inversion.other_starts import initial_rows
-from minti.inversion.views import encode_views, make_views
 
 from . import compare, oracles
 from .compare import assert_parity, assert_same_picture, compare_pictures

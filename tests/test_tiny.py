@@ -16,10 +16,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 import minti
 from minti.cli.yaml_files import RECIPES, read_yaml
 from minti.formats.photos import load_photos
+from minti.formats.views import make_views
 from minti.inversion.batches import Settings, Word
 from minti.inversion.inversion import Inversion
+from minti.inversion.latents import encode_views
 from minti.inversion.other_starts import initial_rows
-from minti.inversion.views import encode_views, make_views
 from minti.judge.scorer import Scorer
 from minti.study.classifier import Judge
 from minti.study.concepts import read_concepts

@@ -31,12 +31,13 @@ from minti.cli.model_options import load_model
 from minti.cli.processes import Processes
 from minti.cli.yaml_files import RECIPES
 from minti.formats.photos import load_photos
+from minti.formats.views import make_views
 from minti.inversion import inversion
 from minti.inversion.batches import Settings, Word
 from minti.inversion.inversion import Inversion
+from minti.inversion.latents import encode_views
 from minti.inversion.other_starts import initial_rows
 from minti.inversion.templates import OBJECT
-from minti.inversion.views import encode_views, make_views
 from minti.model.model_hash import model_hash
 from minti.model.vae import VAE
 from minti.runs import trainer

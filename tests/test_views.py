@@ -16,9 +16,10 @@ from PIL import Image
 import minti
 from minti.errors import InputError
 from minti.formats import photos as photos_module
+from minti.formats import views as module
 from minti.formats.photos import Photo, load_photos, open_image
-from minti.inversion import views as module
-from minti.inversion.views import CROPS, View, encode_views
+from minti.formats.views import CROPS, View
+from minti.inversion.latents import encode_views
 from minti.runs import words
 from minti.runs.words import view_picture
 

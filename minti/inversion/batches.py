@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .latents import Latents
 from .settings import Settings
 from .templates import OBJECT
-from .views import Latents
 
 
 @dataclass(frozen=True)

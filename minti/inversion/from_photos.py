@@ -12,12 +12,13 @@ from PIL import Image
 from ..errors import InputError, check_number
 from ..formats.concept import Concept
 from ..formats.photos import Photo, load_photos
+from ..formats.views import make_views
 from ..model.stable_diffusion import StableDiffusion
 from .batches import Settings, Word
 from .inversion import Inversion
+from .latents import encode_views
 from .start import word_rows
 from .templates import load_templates
-from .views import encode_views, make_views
 
 
 @dataclass(frozen=True)

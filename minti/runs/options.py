@@ -11,8 +11,8 @@ from typing import Any
 from ..cli.options import Options, number, side
 from ..cli.yaml_files import read_yaml
 from ..errors import InputError
+from ..formats.views import CROPS
 from ..inversion.batches import Settings
-from ..inversion.views import CROPS
 from ..model.tokenizer import clean
 from .folder import is_name
 from .run_word import Watching

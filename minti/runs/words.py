@@ -16,10 +16,11 @@ from torch import Tensor
 from ..cli.images import image_grid
 from ..errors import InputError
 from ..formats.photos import load_photos
+from ..formats.views import RANDOM_CROPS, View, make_views
 from ..inversion.batches import Word
+from ..inversion.latents import encode_views
 from ..inversion.other_starts import initial_rows
 from ..inversion.templates import load_templates
-from ..inversion.views import RANDOM_CROPS, View, encode_views, make_views
 from ..model.stable_diffusion import StableDiffusion
 from .run_word import RunWord
 

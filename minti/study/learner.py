@@ -14,12 +14,13 @@ from ..formats.atomic import write_atomically
 from ..formats.concept import Concept
 from ..formats.photos import load_photos
 from ..formats.reading import check_regular
+from ..formats.views import make_views
 from ..inversion.batches import Word
 from ..inversion.divergence import Diverged
 from ..inversion.inversion import Inversion
+from ..inversion.latents import Latents, encode_views
 from ..inversion.other_starts import initial_rows
 from ..inversion.templates import load_templates
-from ..inversion.views import Latents, encode_views, make_views
 from ..model.stable_diffusion import StableDiffusion
 from .variants import Group, Variant
 

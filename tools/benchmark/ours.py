@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 import minti
 from minti.formats.photos import load_photos
+from minti.formats.views import make_views
 from minti.inversion.batches import Batch, Settings, Word, sample_batch
 from minti.inversion.inversion import Inversion
+from minti.inversion.latents import encode_views
 from minti.inversion.other_starts import initial_rows
-from minti.inversion.views import encode_views, make_views
 from minti.model import kernels
 
 from .jobs import Job

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from minti import concept, evaluate, report, sample, train
 from minti.formats.photos import load_photos
+from minti.formats.views import make_views
 from minti.formats.vocabulary import read_tokenizer
-from minti.inversion.views import make_views
 from minti.judge.scorer import Scorer
 from minti.study import __main__ as study
 from minti.study.classifier import Judge
