@@ -5,9 +5,16 @@ from __future__ import annotations
 from math import inf
 from numbers import Integral, Real
 
+LONGEST = 1500  # characters of a message
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. One line says what is wrong, where, and the remedy."""
+
+    def __str__(self) -> str:
+        """The message; the middle of a very long one, such as that of a value from a file, is left out."""
+        text = super().__str__()
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def check_number(name: str, value: object, kind: type[int | float], low: float, high: float = inf) -> None:

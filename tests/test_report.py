@@ -260,6 +260,19 @@ def test_damaged_pieces(make):
     assert Run(folder).final("cosine") == 0.7 and Run(folder).last_step == 10
 
 
+def test_a_picture_cut_in_its_header_and_a_prompt_that_is_a_number(make):
+    folder = make(FLAT, previews=[1])
+    path = folder / "inputs.png"
+    good = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(good, "PNG")
+    # The length of the first chunk says 5 bytes, of 13: Pillow raises ValueError while it opens the file.
+    path.write_bytes(good.getvalue()[:8] + b"\0\0\0\5" + good.getvalue()[12:])
+    (folder / "config.yaml").write_text("steps: 9\nsample_prompt: 5\n")
+    page = page_of(folder)
+    assert len([tag for tag, _ in page.elements if tag == "img"]) == 1
+    assert "a photo of " in page.text
+
+
 def path_points(svg, name):
     path = re.search(rf'<path class="{name}" d="M([^"]*)"', svg)[1]
     return np.array([point.split() for point in re.split("h0M|L", path.removesuffix("h0"))], dtype=float)

@@ -724,6 +724,25 @@ def test_a_damaged_probe_is_named(base: Path, tmp_path: Path) -> None:
     (tmp_path / "probe" / "model.safetensors").write_bytes(weights.read_bytes())
     with pytest.raises(InputError, match="probe: does not fit together"):
         Judge.load(tmp_path)
+    config = json.loads((base / "model" / "probe" / "config.json").read_text())
+    for damage, said in (
+        ({"facts": "color"}, "probe: does not fit together"),
+        ({"phrases": {"red": "color"}}, "probe: does not fit together"),
+        ({"phrases": ["red"]}, "probe: does not fit together"),
+        ({"accuracy": {"color": "high"}}, "accuracy of color = 'high': should be a number from 0 to 1"),
+    ):
+        (tmp_path / "probe" / "config.json").write_text(json.dumps(config | damage))
+        with pytest.raises(InputError, match=said):
+            Judge.load(tmp_path)
+
+
+def test_a_word_that_lost_its_step_is_named(base: Path, done: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    for path in (out / "words").rglob("*.safetensors"):
+        save_file(load_file(path), path)  # without metadata
+    with pytest.raises(InputError, match=r"safetensors: .*remove it, to learn the word again"):
+        study.main([write_recipe(base, base), "--out", str(out)])
 
 
 # Sums

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..errors import InputError
+from ..formats.photos import reading_picture
+
 MAX_PIXELS = 500_000  # of a picture in the report
 MAX_PNG = 100_000  # bytes
 
@@ -69,9 +72,9 @@ td span { display: inline-block; margin-right: 1.3rem; white-space: nowrap; } td
 def picture(path: Path, alt: str, caption: str = "") -> str:
     """A picture, embedded as PNG, or as JPEG where that would be large; "" if it is unreadable."""
     try:
-        with Image.open(path) as file:
+        with reading_picture(path), Image.open(path) as file:
             image = file.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+    except InputError:
         return ""
     shrink = math.sqrt(MAX_PIXELS / (image.width * image.height))
     if shrink < 1:

@@ -51,7 +51,9 @@ def _previews(run: RunRecord) -> tuple[str, str]:
     ]
     steps = [f"step {int(path.stem[5:]):,}" for path in chosen]
     figures = [picture(p, f"Preview pictures at {s}", s) for p, s in zip(chosen, steps, strict=True)]
-    prompts = run.config.get("sample_prompt") or ["a photo of {}"]
+    prompts = run.config.get("sample_prompt")
+    if not isinstance(prompts, list) or not prompts:
+        prompts = ["a photo of {}"]
     prompts = ", ".join(f"“{p}”".replace("{}", run.word) for p in prompts)
     about = f"{prompts}, newest first, always from the same noise."
     if len(chosen) < len(paths):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, check_number
 from ..formats.json_checks import read_json
 from ..formats.weightfile import WeightFile
 from ..judge.scores import Score, Term, bootstrap
@@ -115,11 +115,16 @@ class Judge:
         config = read_json(folder / "config.json")
         file = WeightFile(folder / "model.safetensors")
         try:
-            probe = Probe(config["facts"])
+            facts, phrases, accuracy = config["facts"], config["phrases"], config.get("accuracy", {})
+            if not all(isinstance(part, dict) for part in (facts, phrases, accuracy, *phrases.values())):
+                raise TypeError("config.json should hold tables")
+            for fact, share in accuracy.items():
+                check_number(f"{folder / 'config.json'}: accuracy of {fact}", share, float, 0, 1)
+            probe = Probe(facts)
             state = file.read(list(file.shapes), copied=True)
             probe.load_state_dict({key: value.float() for key, value in state})
-            return cls(probe.eval(), config["phrases"], config.get("accuracy", {}))
-        except (KeyError, TypeError, RuntimeError) as error:
+            return cls(probe.eval(), phrases, accuracy)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             text = " ".join(str(error).split())[:100]
             raise InputError(f"{folder}: does not fit together ({text}); export it again") from None
 

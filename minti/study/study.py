@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..cli.processes import Processes
 from ..cli.progress import Progress
+from ..errors import InputError
 from ..formats.concept import Concept
 from ..formats.photos import load_photos
 from ..judge.benchmark import Benchmark, with_tradeoffs, word_jobs
@@ -109,7 +110,12 @@ class Study:
         """Make and measure the pictures of every request, with the learned words."""
         names: dict[Variant, str] = {}
         for variant in dict.fromkeys(r.variant for r in self.plan.requests if r.variant):
-            self.words[variant] = Concept.load(self.learner.path(variant))
+            path = self.learner.path(variant)
+            self.words[variant] = Concept.load(path)
+            if not self.words[variant].metadata.get("step", "").isdecimal():
+                raise InputError(
+                    f"{path}: does not say when it was saved; remove it, to learn the word again"
+                )
             names[variant] = f"<{variant.concept.name}#{len(names)}>"
             self.sd.add_concept(Concept(names[variant], self.words[variant].vectors))
         if self.compiled:
