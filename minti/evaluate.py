@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .cli.command import run_command
-from .cli.model_options import OF_A_MODEL, load_model
+from .cli.model_options import OF_A_MODEL, laid_over, load_model
 from .cli.options import Options, number, size
 from .cli.processes import Processes
 from .cli.work_folder import WorkFolder
@@ -114,7 +114,7 @@ def make_plan(
     plan = plan_generation(sd, scorer, subjects, prompts, protocol)
     plan.settings["prompts"] = name
     dtype = str(sd.dtype).removeprefix("torch.")
-    return scorer, plan, {"checkpoint": str(args.checkpoint), "dtype": dtype, **judge}
+    return scorer, plan, {"checkpoint": str(args.checkpoint), **laid_over(args), "dtype": dtype, **judge}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

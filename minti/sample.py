@@ -17,7 +17,7 @@ from PIL import Image
 
 from .cli.command import run_command
 from .cli.images import COLUMNS, encode_png, image_grid, thumbnails
-from .cli.model_options import load_model_with_words
+from .cli.model_options import laid_over, load_model_with_words
 from .cli.options import Options, number, size
 from .cli.progress import Progress
 from .cli.work_folder import WorkFolder
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if conditions := size_condition(args, sd):
             how["size_condition"] = conditions
         size = dict(zip(("width", "height"), sd.check_size(args.size), strict=True))
-        settings = {**how, **size, "checkpoint": args.checkpoint, "dtype": args.dtype}
+        settings = {**how, **size, **laid_over(args), "checkpoint": args.checkpoint, "dtype": args.dtype}
         learned = {word: concept.digest for word, concept in concepts.items()}
         each = [(p.prompt, p.seed) for candidates in todo for p in candidates]
         progress = Progress(-(-len(each) // args.batch_size) * args.sample_steps, "step")

@@ -12,8 +12,9 @@ from ..formats.concept import Concept
 from ..model import kernels
 from ..model.stable_diffusion import StableDiffusion
 
+LAID_OVER = ("unet", "text_encoder")  # files of weights that replace those of the checkpoint
 # Options that must be the same where a word is learned and where it is used.
-OF_A_MODEL = ("tokenizer", "variant", "ema", "vae", "schedule", "prediction_type", "clip_skip")
+OF_A_MODEL = ("tokenizer", "variant", "ema", "vae", "schedule", "prediction_type", "clip_skip", *LAID_OVER)
 
 
 def load_model(args: argparse.Namespace) -> StableDiffusion:
@@ -22,6 +23,11 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     kernels.use(args.attention, sd.device)
     sd.vae.tile = args.vae_tile and args.vae_tile // sd.vae.config.downscale
     return sd
+
+
+def laid_over(args: argparse.Namespace) -> dict[str, str]:
+    """The files of weights that replace those of the checkpoint, for the record: option -> path."""
+    return {key: getattr(args, key) for key in LAID_OVER if getattr(args, key) is not None}
 
 
 def load_concepts(arguments: Sequence[str]) -> dict[str, tuple[str, Concept]]:

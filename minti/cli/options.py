@@ -99,6 +99,9 @@ class Options:
         self.add(group, "--variant", metavar="NAME", help="which weights of a folder, such as fp16")
         self.add(group, "--ema", False, help="the averaged weights of a file that has both")
         self.add(group, "--vae", metavar="PATH", help="autoencoder to use instead: folder or file")
+        text = "weights to lay over the UNet, as minti.tune writes them: file, or folder of that run"
+        self.add(group, "--unet", metavar="PATH", help=text)
+        self.add(group, "--text-encoder", metavar="PATH", help="the same for the text encoder")
         self.add(group, "--prediction-type", choices=kinds, help="overrides what the checkpoint says")
         text = "as-published: the noise schedule of the LDM's folder, which is not that of its training"
         self.add(group, "--schedule", "auto", choices=["auto", "as-published"], help=text)

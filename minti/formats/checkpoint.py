@@ -26,6 +26,7 @@ from ..model.unet import UNet
 from ..model.wordpiece import WordPieceTokenizer
 from .folder import plan_folder
 from .load_plan import CheckpointPlan, refuse_problems
+from .overlay import lay_over
 from .single_file import plan_single_file, plan_vae
 from .vocabulary import read_tokenizer
 
@@ -47,6 +48,8 @@ def load(
     vae: str | Path | None = None,
     schedule: str = "auto",
     clip_skip: int | None = None,
+    unet: str | Path | None = None,
+    text_encoder: str | Path | None = None,
 ) -> StableDiffusion:
     """Load a public Stable Diffusion checkpoint.
 
@@ -63,6 +66,8 @@ def load(
             is not the one it was trained with; "auto" takes the right one.
         clip_skip: the layer of CLIP's text encoder that the UNet attends to, counted from the end: 1 is the
             last one. By default the one the model was trained with: 2 for SDXL, 1 for others.
+        unet, text_encoder: files of weights that take the place of the checkpoint's own, some of them or all,
+            such as those that `python -m minti.tune` writes; see `overlay.lay_over`.
 
     Raises:
         InputError: one line that says what is wrong with the checkpoint or an argument.
@@ -85,6 +90,9 @@ def load(
         pad_2 = load_tokenizer(plan, tokenizer, second=True).pad_id
         both = modules["text_encoder"], modules.pop("text_encoder_2")
         modules["text_encoder"] = TwoTextEncoders(*both, pad_2)
+    for name, other in {"unet": unet, "text_encoder": text_encoder}.items():
+        if other is not None:
+            lay_over(name, modules[name], other)
     if clip_skip is not None:
         set_clip_skip(modules["text_encoder"], clip_skip)
     if prediction_type:

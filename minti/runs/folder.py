@@ -25,7 +25,7 @@ from ..formats.reading import check_regular
 # remembers what they lead to: a hash of the weights, of the photos and their captions, and of the templates.
 MAY_DIFFER = (
     *("out", "device", "save_every", "sample_every", "sample_prompt", "sample_steps", "tensorboard"),
-    *("checkpoint", "images", "templates"),
+    *("checkpoint", "images", "templates", "unet", "text_encoder"),
 )
 SIGNATURE = ("init_word", "save_every", "eval_size")  # options that only minti.train has
 STATE = "state.safetensors"  # the first to be removed: without it, nothing is resumed from the others

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..cli.command import run_command
-from ..cli.model_options import load_model
+from ..cli.model_options import laid_over, load_model
 from ..cli.options import Options, number
 from ..cli.processes import Processes
 from ..cli.work_folder import WorkFolder
@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             study.make_pictures(processes)
             if processes.rank == 0:
                 keys = ("recipe", "quick", "repeats", "checkpoint", "clip", "base", "setups")
-                report = study.report({key: getattr(args, key) for key in keys} | {"minti": __version__})
+                about = {key: getattr(args, key) for key in keys} | laid_over(args) | {"minti": __version__}
+                report = study.report(about)
                 print(score_table([row.evaluation for row in report.rows]))
                 for claim in report.claims:
                     print(f"{claim['verdict']}: {claim['says']} ({claim_numbers(claim, claim['score'])})")
