@@ -17,7 +17,7 @@ ROOMS = (
     {"inversion", "cli"},
     {"runs"},
     {"judge"},
-    {"edit"},
+    {"edit", "tune"},
     {"train", "sample", "evaluate", "concept", "study", "report"},
 )
 """Rooms and single modules by floor. Each may import from its own room and from lower floors only."""
@@ -41,8 +41,8 @@ BESIDE = {
 }
 """Files of model/ and inversion/ that are no part of the method, besides the kernels, with the reason."""
 
-READING_PATH = 2274  # falls to 2000 as the rooms are tidied
-LINES = 14_097  # falls to 11000 as the rooms are tidied
+READING_PATH = 2280  # falls to 2000 as the rooms are tidied
+LINES = 14_790  # falls to 11000 as the rooms are tidied
 FILE_LINES = 300
 TOO_LONG: dict[str, int] = {}
 """Files that are still longer than FILE_LINES, with the most they may have. This list only ever shrinks."""

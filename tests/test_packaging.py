@@ -14,7 +14,7 @@ import pytest
 from .processes import ROOT
 
 pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
-DOORS = ("train", "sample", "evaluate", "concept", "study", "report")
+DOORS = ("train", "sample", "evaluate", "concept", "edit", "tune", "study", "report")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_the_wheel(clone: Path, tmp_path: Path) -> None:
     assert files == {p.relative_to(clone / "minti") for p in (clone / "minti").rglob("*") if p.is_file()}
     (scripts,) = out.glob("*.dist-info/entry_points.txt")
     for door in DOORS:
-        module = "study.__main__" if door == "study" else door
+        module = f"{door}.__main__" if door in ("study", "edit", "tune") else door
         assert f"minti-{door} = minti.{module}:command" in scripts.read_text()
     code = (
         f"import sys; sys.path.insert(0, {str(out)!r}); sys.argv = ['minti-train']; import minti.train as t; "
@@ -77,6 +77,6 @@ def test_every_door_has_a_command() -> None:
 
     for door in DOORS:
         module = importlib.import_module(
-            f"minti.{door}.__main__" if door in ("study", "edit") else f"minti.{door}"
+            f"minti.{door}.__main__" if door in ("study", "edit", "tune") else f"minti.{door}"
         )
         assert callable(module.command)

@@ -98,7 +98,7 @@ def test_commands_are_understood(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [module, *argv])
     main = importlib.import_module(
-        f"{module}.__main__" if module in ("minti.study", "minti.edit") else module
+        f"{module}.__main__" if module in ("minti.study", "minti.edit", "minti.tune") else module
     ).main
     with pytest.raises(Parsed):
         main() if main.__code__.co_argcount == 0 else main(argv)

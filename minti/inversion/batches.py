@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..model.stable_diffusion import StableDiffusion
 from .latents import Latents
 from .settings import Settings
 from .templates import OBJECT
@@ -123,3 +124,14 @@ def sample_batch(word: Word, settings: Settings, num_train_timesteps: int, count
         prompts.append(text.replace("{}", word.placeholder))
     shape = (count, *latents.mean.shape[1:])
     return Batch(view, prompts, t, torch.randn(shape, generator=g), torch.randn(shape, generator=g))
+
+
+def loss_inputs(sd: StableDiffusion, words: Sequence[Word], batches: Sequence[Batch]) -> tuple[Tensor, ...]:
+    """What `diffusion_loss` takes: the samples of each word, one word behind the other."""
+    samples = []
+    for word, batch in zip(words, batches, strict=True):
+        batch = batch.to(sd.device)
+        x0, weight, sizes = word.latents_at(batch)
+        ids = to_device(sd.tokenizer(batch.prompts), sd.device)
+        samples.append((x0, batch.eps, batch.t, ids, weight, sizes))
+    return tuple(map(torch.cat, zip(*samples, strict=True)))

@@ -17,7 +17,7 @@ from ..formats.concept import Concept
 from ..model.kernels import compile_for
 from ..model.stable_diffusion import StableDiffusion
 from . import state as saved
-from .batches import Batch, Settings, Word, sample_batch, to_device
+from .batches import Batch, Settings, Word, loss_inputs, sample_batch
 from .divergence import Diverged, DivergenceWatch
 from .extensions import Progression, limit_norms, penalty
 from .learn import diffusion_loss
@@ -130,13 +130,7 @@ class Inversion:
 
     def _losses(self, batches: Sequence[Batch]) -> Tensor:
         """The sum of the losses of each word's samples, (words,)."""
-        samples = []
-        for word, batch in zip(self.words, batches, strict=True):
-            batch = batch.to(self.sd.device)
-            x0, weight, sizes = word.latents_at(batch)
-            ids = to_device(self.sd.tokenizer(batch.prompts), self.sd.device)
-            samples.append((x0, batch.eps, batch.t, ids, weight, sizes))
-        losses = self._loss(*map(torch.cat, zip(*samples, strict=True)))
+        losses = self._loss(*loss_inputs(self.sd, self.words, batches))
         return losses.view(len(self.words), -1).sum(1)
 
     def _sum_over_processes(self, losses: Tensor) -> None:

@@ -37,15 +37,14 @@ def unpack(state: dict[str, Tensor], optimizer: torch.optim.Optimizer, scaler: t
         return value
 
     step = int(entry("step", torch.tensor(0)))
-    # With a scaled loss, the first steps may have been left out, and AdamW have nothing to keep yet.
-    begun = any(key.endswith(".exp_avg") for key in state) if scaler.is_enabled() else step > 0
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
             rows = entry(f"{i}.{j}.rows", p)
-            moments = {}
-            if begun:
-                # AdamW keeps its count of steps on the CPU.
-                likes = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+            # AdamW keeps its count of steps on the CPU.
+            likes, moments = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}, {}
+            # It has nothing to keep of a parameter without a gradient so far: the model may not use it, and
+            # with a scaled loss the first steps may have been left out.
+            if any(f"{i}.{j}.{key}" in state for key in likes):
                 moments = {key: entry(f"{i}.{j}.{key}", like).to(like.device) for key, like in likes.items()}
             p.copy_(rows)
             optimizer.state[p] = moments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..cli.images import image_grid
 from ..errors import InputError
-from ..formats.photos import load_photos
+from ..formats.photos import Photo, load_photos
 from ..formats.views import RANDOM_CROPS, View, make_views
 from ..inversion.batches import Word
-from ..inversion.latents import encode_views
+from ..inversion.latents import Latents, encode_views
 from ..inversion.other_starts import initial_rows
 from ..inversion.templates import load_templates
 from ..model.stable_diffusion import StableDiffusion
@@ -68,19 +68,8 @@ def load_word(
     size = sd.check_size(size)[0]
     if start is None:
         start = initial_rows(sd, spec["init"], spec["init_word"], spec["num_vectors"], spec["seed"])
-    count = len(photos) * (RANDOM_CROPS if crop == "random" else 1) * (2 if flip else 1)
-    side = min(size, math.isqrt(SHEET_PIXELS // count))
-    # What the word is learned from, in 32 bytes that tell whether it has changed when the run is resumed.
-    photos_hash = hashlib.sha256(repr([[photo.caption for photo in photos], list(templates)]).encode())
-    pictures = []
-
-    def record(view: View) -> View:
-        pictures.append(view_picture(view, side))
-        photos_hash.update(view.pixels.numpy().tobytes() + view.weight.numpy().tobytes())
-        return view
-
-    views = make_views(photos, size, crop=crop, flip=flip, seed=spec["seed"])
-    latents = encode_views(sd, map(record, views))  # one view is in memory at a time
+    how = {"crop": crop, "flip": flip, "seed": spec["seed"]}
+    latents, photos_hash, sheet = encode_photos(sd, photos, templates, size, **how)
     word = Word(
         spec["learning_name"],
         start,
@@ -90,12 +79,45 @@ def load_word(
         lr=spec["lr"] * lr_scale,
         seed=spec["seed"],
     )
-    log.info("%s: %d photos, %d views of %d pixels", spec["placeholder"], len(photos), len(pictures), size)
+    count = len(latents.photo)
+    log.info("%s: %d photos, %d views of %d pixels", spec["placeholder"], len(photos), count, size)
     learned = RunWord(
         word,
         spec["placeholder"],
         out / spec["name"],
         "" if spec["init"] == "random" else spec["init_word"],
-        torch.tensor(list(photos_hash.digest()), dtype=torch.uint8),
+        photos_hash,
     )
-    return learned, image_grid(pictures, SHEET_COLUMNS)
+    return learned, sheet
+
+
+def encode_photos(
+    sd: StableDiffusion,
+    photos: Sequence[Photo],
+    prompts: Sequence[str],
+    size: int,
+    *,
+    crop: str,
+    flip: bool,
+    seed: int,
+) -> tuple[Latents, Tensor, Image.Image]:
+    """Encode photos as they are trained on, `size` pixels wide and high; see `make_views`.
+
+    Returns:
+        The latents; a hash of the views, of their captions and of the prompts, (32,) uint8, which tells
+        whether they have changed when a run is resumed; and a contact sheet of the views.
+    """
+    count = len(photos) * (RANDOM_CROPS if crop == "random" else 1) * (2 if flip else 1)
+    side = min(size, math.isqrt(SHEET_PIXELS // count))
+    digest = hashlib.sha256(repr([[photo.caption for photo in photos], list(prompts)]).encode())
+    pictures = []
+
+    def record(view: View) -> View:
+        pictures.append(view_picture(view, side))
+        digest.update(view.pixels.numpy().tobytes() + view.weight.numpy().tobytes())
+        return view
+
+    views = make_views(photos, size, crop=crop, flip=flip, seed=seed)
+    latents = encode_views(sd, map(record, views))  # one view is in memory at a time
+    photos_hash = torch.tensor(list(digest.digest()), dtype=torch.uint8)
+    return latents, photos_hash, image_grid(pictures, SHEET_COLUMNS)
