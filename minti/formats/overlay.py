@@ -49,7 +49,7 @@ def lay_over(part: str, module: nn.Module, path: str | Path) -> None:
 def _lay_file_over(part: str, module: nn.Module, file: WeightFile) -> None:
     weights, keys = dict(module.named_parameters()), set(file.shapes)
     theirs = {find_alias(name, keys): name for name in weights}
-    fitting, what = [key for key in file.shapes if key in theirs], part.replace("_", " ")
+    fitting, what = [key for key in file.shapes if key in theirs], WHAT[part]
     if not fitting:
         kind = kind_of_keys(keys)
         raise InputError(
