@@ -31,7 +31,7 @@ from ..runs.options import read_saved
 from ..runs.stop import Stop
 from ..runs.words import encode_photos
 from ..version import __version__
-from .run import Run, as_bytes, make_class_pictures
+from .run import Run, as_bytes, make_class_pictures, refuse_others
 from .tuner import WHAT, Tuner, TuneSettings, choose_weights, memory_needed
 
 log = logging.getLogger(__name__)
@@ -154,6 +154,8 @@ def tune(args: argparse.Namespace, folder: WorkFolder) -> bool:
     digests = " ".join(concept.digest for concept in concepts.values())
     checks = {"set of photos or prompts": photos_hash, "learned word": as_bytes(digests)}
     checks["checkpoint or dtype"] = as_bytes(f"{model_hash(sd.text_encoder, sd.unet, sd.vae)} {sd.dtype}")
+    if state:
+        refuse_others(folder.path / STATE, state, checks)
     # Only now, with everything in order, is anything written or what was there removed.
     folder.begin()
     if not state:

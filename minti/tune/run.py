@@ -55,6 +55,14 @@ def as_bytes(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
+def refuse_others(path: Path, state: Mapping[str, Tensor], checks: Mapping[str, Tensor]) -> None:
+    """Raises InputError if the state at a path was saved by a run that depends on something else."""
+    for what, now in checks.items():
+        if what not in state or not torch.equal(state[what], now):
+            remedy = "continue as it began, or start again with --overwrite"
+            raise InputError(f"{path}: was begun with another {what}, or is damaged; {remedy}")
+
+
 class Run:
     """The folder of a run: what is in it of an earlier process, and saving.
 
@@ -72,10 +80,7 @@ class Run:
     def resume(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a saved state. Raises InputError if it is damaged or of something else."""
         path = self.out / STATE
-        for what, now in self.checks.items():
-            if what not in state or not torch.equal(state[what], now):
-                remedy = "continue as it began, or start again with --overwrite"
-                raise InputError(f"{path}: was begun with another {what}, or is damaged; {remedy}")
+        refuse_others(path, state, self.checks)
         try:
             self.tuner.load_state_dict(state)
         except InputError as error:
