@@ -169,7 +169,7 @@ def write_results(
     if svg := plot(evaluations):
         write_atomically(out / "plot.svg", svg.encode())
     for subject, jobs in plan.jobs.items():
-        pictures = {template: store.thumbnails(job) for template, job in jobs.items()}
+        pictures = {template: store.thumbnails(job.name) for template, job in jobs.items()}
         write_sheet(out / "grids" / f"{file_name(subject.name)}.png", pictures)
     words = [e for e in evaluations if e.kind == "word"]
     if len(words) > 1 and (chosen := best(evaluations)):

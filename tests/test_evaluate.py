@@ -283,7 +283,7 @@ def test_the_store_notices_what_the_pictures_depend_on(base: Path, tmp_path: Pat
     row.data[0, 0] -= 1
     sd.unet.conv_in.weight.data[0, 0, 0, 0] += 1  # another model
     assert store.load(job()) is None
-    assert len(store.thumbnails(job())) == COUNT
+    assert len(store.thumbnails(job().name)) == COUNT
 
 
 def test_what_is_damaged_in_a_store_is_made_again_or_named(tmp_path: Path) -> None:
@@ -312,10 +312,10 @@ def test_what_is_damaged_in_a_store_is_made_again_or_named(tmp_path: Path) -> No
     for info, why in ((nothing, "num_images"), (many, "cannot show")):
         Image.new("RGB", (8, 8)).save(sheet, pnginfo=info)
         with pytest.raises(InputError, match=rf"b\.png: cannot be read as a picture .*{why}"):
-            store.thumbnails(job)
+            store.thumbnails(job.name)
     sheet.write_bytes(picture[: len(picture) // 2])
     with pytest.raises(InputError, match=r"b\.png: cannot be read as a picture"):
-        store.thumbnails(job)
+        store.thumbnails(job.name)
     sheet.unlink()  # as the message says
     assert store.load(job) is None
 
@@ -342,7 +342,7 @@ def test_large_pictures_are_kept_small_and_all_of_them(tmp_path: Path) -> None:
     store = PictureStore(tmp_path)
     job = PictureJob("a/b", {}, lambda on_step: images)
     store.save(job, {"embeddings": torch.zeros(11, 4)}, images)
-    kept = store.thumbnails(job)
+    kept = store.thumbnails(job.name)
     assert [image.size for image in kept] == [(128, 96)] * 11
     assert [image.getpixel((5, 5)) for image in kept] == [(i, 0, 0) for i in range(11)]
     sizes = {image.size for image in thumbnails([Image.new("RGB", (40, 20)), Image.new("RGB", (30, 60))])}

@@ -677,7 +677,7 @@ def test_the_probe_reads_pictures_and_not_thumbnails(base: Path, monkeypatch: py
     monkeypatch.setattr(Probe, "SIZE", size)
     store, job = PictureStore(base / "store"), PictureJob("x", {}, lambda _: [Image.new("RGB", (size, size))])
     assert job.measure(judge.measure, store)["facts"].tolist() == [[0, 0]]
-    assert store.thumbnails(job)[0].size == (THUMBNAIL, THUMBNAIL)
+    assert store.thumbnails(job.name)[0].size == (THUMBNAIL, THUMBNAIL)
     never = PictureJob("x", {}, lambda _: pytest.fail("is made again"))
     assert judge.readings(never.measure(judge.measure, store)) == [{"color": "red", "background": "grass"}]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ HEAD = """<!doctype html>
 <html lang=en><head><meta charset=utf-8>
 <meta name=viewport content="width=device-width, initial-scale=1">
 <meta http-equiv=Content-Security-Policy
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{policy}">
 """
 STYLE = """
 :root { color-scheme: light; --paper: #fff; --ink: #1d2327; --soft: #5d676e; --rule: #dde1e4; --tint: #f4f6f7;
@@ -79,33 +80,50 @@ def picture(path: Path, alt: str, caption: str = "") -> str:
     shrink = math.sqrt(MAX_PIXELS / (image.width * image.height))
     if shrink < 1:
         image = image.resize((max(1, int(image.width * shrink)), max(1, int(image.height * shrink))))
+    small = f' class=small style="max-width:{4 * image.width}px"' if image.width < 600 else ""
+    size = f"width={image.width} height={image.height}"
+    caption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure>{caption}<img{small} src="{source(image)}" {size} alt="{escape(alt)}"></figure>'
+
+
+def source(image: Image.Image) -> str:
+    """A picture as an address that holds all of it: as PNG, or as JPEG where that would be large."""
     kind, content = "png", io.BytesIO()
     image.save(content, "PNG", optimize=True)
     if content.tell() > MAX_PNG:
         kind, content = "jpeg", io.BytesIO()
         image.save(content, "JPEG", quality=85)
-    source = f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
-    small = f' class=small style="max-width:{4 * image.width}px"' if image.width < 600 else ""
-    size = f"width={image.width} height={image.height}"
-    caption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure>{caption}<img{small} src="{source}" {size} alt="{escape(alt)}"></figure>'
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def page(title: str, top: Iterable[str], sections: Iterable[tuple[str, str, str]], style: str = "") -> str:
-    """A report that needs no network and runs no script.
+def page(
+    title: str,
+    top: Iterable[str],
+    sections: Iterable[tuple[str, str, str]] = (),
+    style: str = "",
+    script: str = "",
+) -> str:
+    """A page that needs no network, and runs no script but the one given.
 
     Args:
         title: as HTML.
         top: HTML above the sections; "" is left out.
         sections: heading, introduction in plain text, or "", and HTML; those without HTML are left out.
         style: CSS beside that of all reports.
+        script: JavaScript.
     """
     body = [part for part in top if part]
     for heading, intro, content in sections:
         if content:
             text = f"<p class=soft>{escape(intro)}</p>" if intro else ""
             body.append(f"<section><h2>{heading}</h2>{text}{content}</section>")
-    head = f"{HEAD}<title>{title} · minti</title><style>{STYLE}{style}</style></head>"
+    policy = ""
+    if script:
+        policy = (
+            f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        )
+        body.append(f"<script>{script}</script>")
+    head = f"{HEAD.format(policy=policy)}<title>{title} · minti</title><style>{STYLE}{style}</style></head>"
     joined = "\n".join(body)
     return f"{head}\n<body>{joined}</body></html>\n"
 

@@ -142,11 +142,13 @@ def word_jobs(
     Raises:
         InputError: a prompt has no room for the word.
     """
-    folder = file_name(word if name is None else name)
-    return {
-        t: prompt_job(sd, fill(t, word), protocol, inputs, f"{folder}/{file_name(t)}")
-        for t in prompts.templates
-    }
+    own = word if name is None else name
+    return {t: prompt_job(sd, fill(t, word), protocol, inputs, job_name(own, t)) for t in prompts.templates}
+
+
+def job_name(word: str, template: str) -> str:
+    """The name under which a store keeps the pictures of a word, or of a text in its place, in a prompt."""
+    return f"{file_name(word)}/{file_name(template)}"
 
 
 def evaluate_word(

@@ -225,13 +225,13 @@ class PictureStore:
         content = save(tensors, {"inputs": about})
         write_atomically(self.folder / f"{job.name}.safetensors", content)
 
-    def thumbnails(self, job: PictureJob) -> list[Image.Image]:
-        """Small versions of the pictures of a finished job, at most THUMBNAIL pixels wide and high.
+    def thumbnails(self, name: str) -> list[Image.Image]:
+        """Small versions of the pictures of a finished job, by name, at most THUMBNAIL pixels wide and high.
 
         Raises:
             InputError: the file is damaged. Without it, the pictures are made again.
         """
-        path = self.folder / f"{job.name}.png"
+        path = self.folder / f"{name}.png"
         with reading_picture(path), Image.open(check_regular(path), formats=["PNG"]) as file:
             sheet, count = file.convert("RGB"), int(file.text["num_images"])
             if not 0 < count <= sheet.width * sheet.height:

@@ -49,6 +49,11 @@ class Request:
     note: str = ""
     repeat: int = 0
 
+    @property
+    def key(self) -> str:
+        """What the store of pictures knows it by."""
+        return self.variant.key if self.variant else self.text or self.name
+
 
 @dataclass
 class StudyPlan:

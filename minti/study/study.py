@@ -24,6 +24,7 @@ from ..judge.picture_jobs import PictureJob, PictureStore, make_all, models_of
 from ..judge.scorer import Scorer
 from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
+from .answers import People
 from .classifier import Judge
 from .concepts import ConceptSpec
 from .learner import Learner
@@ -126,9 +127,8 @@ class Study:
 
     def _jobs_for(self, request: Request, word: str) -> dict[str, PictureJob]:
         """The pictures that a request needs. Those of "prompt only" are the same for all concepts."""
-        name = request.variant.key if request.variant else request.text or request.name
         prompts = self.plan.prompts[request.concept.name]
-        return word_jobs(self.sd, prompts, word, self.plan.protocol, self._models, name=name)
+        return word_jobs(self.sd, prompts, word, self.plan.protocol, self._models, name=request.key)
 
     def measure(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What CLIP and the classifier say of pictures; see `picture_jobs.Measure`."""
@@ -171,11 +171,12 @@ class Study:
         readings = dict.fromkeys(benchmark.prompts.templates, shown)
         return [*outcomes, outcome("image only", image_only, readings)]
 
-    def report(self, settings: Mapping[str, Any]) -> Report:
+    def report(self, settings: Mapping[str, Any], people: People | None = None) -> Report:
         """Write report.html, study.json and strips of pictures.
 
         Args:
             settings: how the study was made, for the record.
+            people: their answers to questionnaires.
         """
         shutil.rmtree(self.folder / "learning", ignore_errors=True)
         outcomes = [outcome for concept in self.plan.concepts for outcome in self.outcomes(concept)]
@@ -185,7 +186,7 @@ class Study:
         settings = dict(settings)
         settings |= {f"pictures: {key}": value for key, value in asdict(self.plan.protocol).items()}
         settings |= {f"prompts of {name}": source for name, source in self.plan.prompt_names.items()}
-        report = Report(self.plan, rows, outcomes, claims, self.jobs, accuracy, settings)
+        report = Report(self.plan, rows, outcomes, claims, self.jobs, accuracy, settings, people)
         report.write(self.folder, self.store)
         log.info("report.html and study.json are in %s", self.folder)
         return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..formats.photos import load_photos
 from ..judge.picture_jobs import PictureJob, PictureStore, file_name
 from ..judge.prompts import PromptList
 from ..judge.results import SCORES, score_plot, score_point
+from .answers import PEOPLE, People, people_table
 from .recipe import StudyPlan
 from .summary import Outcome, claim_numbers, disagreements, rank_correlation
 
@@ -91,6 +92,7 @@ class Report:
         jobs: the pictures of each request of the plan.
         accuracy: how often the classifier is right; see `classifier.Judge`.
         settings: how the study was made.
+        people: how people rank the setups.
     """
 
     plan: StudyPlan
@@ -100,6 +102,7 @@ class Report:
     jobs: Sequence[Mapping[str, PictureJob]]
     accuracy: Mapping[str, float]
     settings: Mapping[str, Any]
+    people: People | None = None
 
     def write(self, folder: Path, store: PictureStore) -> None:
         """Write study.json, strips/ and report.html. Raises OSError if that is not possible."""
@@ -110,6 +113,7 @@ class Report:
             "probe_accuracy": self.accuracy,
             "means": [row.as_json() for row in self.rows],
             "claims": self.claims,
+            "people": self.people and asdict(self.people),
             "outcomes": [outcome.as_json() for outcome in self.outcomes],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -123,8 +127,8 @@ class Report:
         made = [outcome for outcome in self.outcomes if outcome.evaluation.kind != "image only"]
         for o, jobs in zip(made, self.jobs, strict=True):
             first, *others = strip_prompts(self.plan.prompts[o.concept])
-            shown = [store.thumbnails(jobs[template])[0] for template in others]
-            images[o.concept, o.name, o.note] = [*store.thumbnails(jobs[first])[: STRIP[0]], *shown]
+            shown = [store.thumbnails(jobs[template].name)[0] for template in others]
+            images[o.concept, o.name, o.note] = [*store.thumbnails(jobs[first].name)[: STRIP[0]], *shown]
         strips = {}
         for key, row in images.items():
             name = file_name("".join(key[1:])) if key[1:] else "photos"
@@ -138,6 +142,7 @@ class Report:
             ("Reconstruction against editability", _PLOT, plot(self.rows)),
             ("What the sources say, and what came out", _CLAIMS, _claims(self.claims)),
             ("Scores", _SCORES + (_TRUTH + self._accuracy() if judged else ""), html_table(self.rows)),
+            ("What people say", PEOPLE, people_table(self.people, self.rows) if self.people else ""),
             ("Where CLIP misleads", _MISLEADS, self._misleads(strips) if judged else ""),
             ("Pictures", _PICTURES, self._pictures(strips)),
             ("Each concept by itself", "", self._concepts()),
