@@ -2,7 +2,6 @@
 
 Read `recipe.py` first. `concepts.py` and `variants.py` spread a recipe out; `learner.py` learns;
 `classifier.py` reads what pictures really show; `summary.py` takes means and tests claims; `study_report.py`
-writes; `questionnaire.py` asks people, and `answers.py` reads what they say.
-This room knows `judge` and all that `judge` knows. Only `__main__.py` parses options and prints. `README.md` describes
-recipes and results, and how far they can be trusted.
+writes; `questionnaire.py` asks people, and `answers.py` reads what they say. This room knows `judge` and all
+that `judge` knows. Only `__main__.py` parses options and prints. `README.md` describes recipes and results.
 """
