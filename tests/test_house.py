@@ -25,6 +25,7 @@ ROOMS = (
 BESIDE = {
     "model/image_encoder.py": "scores pictures",
     "model/checks.py": "refuses impossible input",
+    "model/config_checks.py": "refuses impossible configs",
     "model/model_hash.py": "recognises a model",
     "model/tiles.py": "decodes large pictures",
     "model/bert.py": "another text encoder",
@@ -35,14 +36,15 @@ BESIDE = {
     "inversion/state.py": "saves and restores a run",
     "inversion/settings.py": "the options of a run, with their checks",
     "inversion/new_words.py": "refuses words that do not fit into their prompts",
+    "inversion/init_tokens.py": "tells of init words that the vocabulary lacks",
     "inversion/other_starts.py": "starts that are not a word",
     "inversion/extensions.py": "options that are off by default",
     "inversion/templates.py": "reads lists of prompts",
 }
 """Files of model/ and inversion/ that are no part of the method, besides the kernels, with the reason."""
 
-READING_PATH = 2280  # falls to 2000 as the rooms are tidied
-LINES = 15_113  # falls to 11000 as the rooms are tidied
+READING_PATH = 2220  # falls to 2000 as the rooms are tidied
+LINES = 15_150  # falls to 11000 as the rooms are tidied
 FILE_LINES = 300
 TOO_LONG: dict[str, int] = {}
 """Files that are still longer than FILE_LINES, with the most they may have. This list only ever shrinks."""

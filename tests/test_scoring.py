@@ -23,6 +23,7 @@ from minti import InputError
 from minti.formats import configs, keymap
 from minti.formats.clip_checkpoint import Preprocess
 from minti.formats.vocabulary import read_tokenizer
+from minti.judge.prompts import replace_words
 from minti.judge.scorer import Scorer, choose_clip
 from minti.judge.scores import (
     Score,
@@ -37,7 +38,6 @@ from minti.judge.scores import (
     student_t,
 )
 from minti.model.model_hash import model_hash
-from minti.model.tokenizer import replace_words
 
 from . import compare, oracles
 from .oracles import add_image_encoder, save_clip, save_folder, shared, write_tokenizer

@@ -9,7 +9,8 @@ from ..errors import InputError
 from ..formats.concept import Concept
 from ..model.stable_diffusion import StableDiffusion
 from .batches import generator
-from .start import check_tokens, spread, word_rows
+from .init_tokens import check_tokens
+from .start import spread, word_rows
 
 
 def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1, seed: int = 0) -> Tensor:

@@ -12,10 +12,10 @@ from ..errors import InputError
 from ..formats.concept import Concept
 from ..formats.reading import check_regular
 from ..model.stable_diffusion import StableDiffusion
-from ..model.tokenizer import clean, replace_words
+from ..model.tokenizer import clean
 from .benchmark import word_jobs
 from .picture_jobs import PictureJob, Protocol, file_name, files_job, models_of
-from .prompts import Prompt, PromptList, check_prompt, fill, load_prompts
+from .prompts import Prompt, PromptList, check_prompt, fill, load_prompts, replace_words
 from .scorer import Scorer
 
 SMALL_VOCABULARY = 10_000  # words; a model that knows fewer does not know what ordinary prompts speak of

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..formats.reading import check_regular
-from ..model.tokenizer import Tokenizer
+from ..model.tokenizer import Tokenizer, clean, words_pattern
 
 PROMPTS = Path(__file__).parent / "prompt_lists"
 
@@ -119,3 +119,12 @@ def notices(
         if not used.intersection(ids):
             found.append(f"no prompt contains the learned word {word!r}, so it has no effect")
     return found + [line for text in texts for line in explain_syntax(text, tokenizer.placeholders)]
+
+
+def replace_words(text: str, words: Iterable[str], by: str = "") -> str:
+    """A cleaned prompt with placeholder words replaced, or left out, wherever a `Tokenizer` would see them.
+
+    replace_words("A photo of <toy>, on grass", ["<toy>"])  ->  "a photo of , on grass"
+    """
+    known = [clean(word) for word in words]
+    return clean(words_pattern(known).sub(lambda _: by, clean(text)) if known else text)

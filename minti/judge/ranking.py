@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from PIL import Image
 
 from ..errors import InputError
-from ..model.tokenizer import replace_words
+from .prompts import replace_words
 from .scorer import Scorer
 
 

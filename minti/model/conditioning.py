@@ -9,7 +9,7 @@ result. Either kind turns token ids into a `TextOutput`, and the rest of minti d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,6 +109,28 @@ def join_parts(each: Conditioning, counts: Sequence[int]) -> Conditioning:
     contexts = [c.flatten(0, 1).repeat(length // len(c), 1) for c in each.context.split(tuple(counts))]
     first = [sum(counts[:i]) for i in range(len(counts))]
     return Conditioning(torch.stack(contexts), each.added and tuple(a[first] for a in each.added))
+
+
+def encode_each(
+    texts: Sequence[str | None],
+    tokenize: Callable[[str], Tensor],
+    condition: Callable[[Tensor], Conditioning],
+    *,
+    zero_empty: bool,
+) -> Conditioning:
+    """Conditions of each of some prompts, None for no prompt. Every different prompt is encoded once.
+
+    Args:
+        tokenize: a prompt -> the (n, 77) ids of its parts.
+        condition: (N, 77) ids -> their conditions.
+        zero_empty: see `StableDiffusion.zero_empty_prompt`.
+    """
+    different = list(dict.fromkeys(texts))
+    parts = [tokenize(text or "") for text in different]
+    each = join_parts(condition(torch.cat(parts)), [len(part) for part in parts])
+    if zero_empty and None in different:
+        each.clear(different.index(None))
+    return each.take([different.index(text) for text in texts])
 
 
 class TwoTextEncoders(nn.Module):

@@ -10,12 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import InputError
-
-
-def _check_heads(width: int, heads: int) -> None:
-    if width % heads:
-        raise InputError(f"{width} channels cannot be divided evenly among {heads} attention heads")
+from .config_checks import check_heads, check_prediction
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class TransformerConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_heads(self.hidden_size, self.num_attention_heads)
+        check_heads((self.hidden_size, self.num_attention_heads, self.num_hidden_layers))
 
 
 @dataclass(frozen=True)
@@ -66,10 +61,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         levels = zip(self.block_out_channels, self.num_attention_heads, self.transformer_depth, strict=True)
-        middle = (self.block_out_channels[-1], self.num_attention_heads[-1], self.mid_depth)
-        for channels, heads, depth in (*levels, middle):
-            if depth:
-                _check_heads(channels, heads)
+        check_heads(*levels, (self.block_out_channels[-1], self.num_attention_heads[-1], self.mid_depth))
 
 
 @dataclass(frozen=True)
@@ -107,11 +99,4 @@ class ScheduleConfig:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        kind, kinds = self.prediction_type, ("epsilon", "v_prediction", "sample")
-        if kind not in kinds:
-            raise InputError(f"prediction_type = {kind!r} is not supported, only {', '.join(kinds)}")
-        if self.rescale_betas_zero_snr and kind == "epsilon":
-            raise InputError(
-                "rescale_betas_zero_snr leaves nothing but noise at the last time step, where epsilon says "
-                "nothing of the picture; it needs prediction_type v_prediction or sample"
-            )
+        check_prediction(self.prediction_type, self.rescale_betas_zero_snr)

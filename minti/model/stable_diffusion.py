@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import check_number
 from .checks import check_options, check_output, check_size, check_weights, check_width
-from .conditioning import Conditioning, blank_canvas, encode_parts, join_parts
+from .conditioning import Conditioning, blank_canvas, encode_each, encode_parts
 from .diffusion import Schedule
 from .embedding import LearnedWord, TokenEmbedding
 from .kernels import compile_for
@@ -236,8 +236,13 @@ class StableDiffusion:
         x_T = x_T.to(device)
         guided = guidance_scale > 1
         texts = [negative_prompt] * len(prompts) + list(prompts) if guided else list(prompts)
-        sizes = size_condition or (height, width, 0, 0, height, width)
-        context, added = self._encode_all(texts, sizes, long_prompts)
+        sizes = torch.tensor([size_condition or (height, width, 0, 0, height, width)], device=device)
+        context, added = encode_each(
+            texts,
+            lambda text: encode_parts(self.tokenizer, text, long_prompts).to(device),
+            lambda ids: self.condition(ids, sizes.expand(len(ids), -1)),
+            zero_empty=self.zero_empty_prompt,
+        )
         # All that depends on the prompts or on the time, for all steps at once.
         context_kv = self.unet.embed_context(context)
         times = [t for t, _ in self.schedule.timesteps(steps)]
@@ -260,17 +265,6 @@ class StableDiffusion:
 
         ddim = self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
         yield from sampler(predict, x_T) if sampler else ddim
-
-    def _encode_all(self, texts: Sequence[str | None], sizes: Sequence[int], in_parts: bool) -> Conditioning:
-        """Conditions for each of some prompts, None for no prompt. Every different prompt is encoded once."""
-        different = list(dict.fromkeys(texts))
-        parts = [encode_parts(self.tokenizer, text or "", in_parts) for text in different]  # (n, 77) each
-        ids = torch.cat(parts).to(self.device)
-        each = self.condition(ids, torch.tensor([sizes] * len(ids), device=self.device))
-        each = join_parts(each, [len(part) for part in parts])
-        if self.zero_empty_prompt and None in different:
-            each.clear(different.index(None))
-        return each.take([different.index(text) for text in texts])
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's output for noisy latents.

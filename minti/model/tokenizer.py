@@ -87,7 +87,7 @@ def merge(parts: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[st
     return parts
 
 
-def _pattern_of(words: Iterable[str]) -> regex.Pattern[str]:
+def words_pattern(words: Iterable[str]) -> regex.Pattern[str]:
     """Where any of some cleaned placeholder words stands in a cleaned text, as a group."""
 
     def bounded(word: str) -> str:
@@ -96,15 +96,6 @@ def _pattern_of(words: Iterable[str]) -> regex.Pattern[str]:
         return before + regex.escape(word) + after
 
     return regex.compile("(" + "|".join(map(bounded, sorted(words, key=len, reverse=True))) + ")")
-
-
-def replace_words(text: str, words: Iterable[str], by: str = "") -> str:
-    """A cleaned prompt with placeholder words replaced, or left out, wherever a `Tokenizer` would see them.
-
-    replace_words("A photo of <toy>, on grass", ["<toy>"])  ->  "a photo of , on grass"
-    """
-    known = [clean(word) for word in words]
-    return clean(_pattern_of(known).sub(lambda _: by, clean(text)) if known else text)
 
 
 class Tokenizer:
@@ -155,7 +146,7 @@ class Tokenizer:
     @placeholders.setter
     def placeholders(self, placeholders: Mapping[str, Iterable[int]]) -> None:
         self._placeholders = {word: list(ids) for word, ids in placeholders.items()}
-        self._placeholder_pattern = _pattern_of(self._placeholders)
+        self._placeholder_pattern = words_pattern(self._placeholders)
         self._prompt_ids = lru_cache(maxsize=10_000)(self._encode_prompt)
 
     def add_placeholder(self, word: str, ids: Iterable[int], *, replace: bool = False) -> None:
