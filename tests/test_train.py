@@ -41,6 +41,7 @@ from minti.inversion.templates import OBJECT
 from minti.model.model_hash import model_hash
 from minti.model.vae import VAE
 from minti.runs import trainer
+from minti.runs.folder import RunRecord
 from minti.runs.report import nearest_words
 from minti.runs.run_word import RunWord, Watching
 from minti.runs.stop import Stop
@@ -88,8 +89,10 @@ def run(base: Path, tmp_path: Path, quick: None) -> Callable[..., Path]:
 
 
 def rows(path: Path) -> list[dict[str, float | None]]:
+    """The rows of a log.csv after its steps; that of step 0 is left out."""
     with path.open(newline="") as file:
-        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+        steps = [row for row in csv.DictReader(file) if row["step"] != "0"]
+    return [{k: float(v) if v else None for k, v in row.items()} for row in steps]
 
 
 def learned(out: Path) -> torch.Tensor:
@@ -98,6 +101,18 @@ def learned(out: Path) -> torch.Tensor:
 
 def log_of(out: Path) -> list[dict[str, float | None]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(out / "log.csv")]
+
+
+def test_the_start_is_evaluated(run: Callable, tmp_path: Path) -> None:
+    """A word that does not move has the eval loss of its start, which is logged as that of step 0."""
+    out = run("--lr", "0", "--eval-every", "4", "--steps", "4")
+    with (out / "log.csv").open(newline="") as file:
+        first, *_, last = csv.DictReader(file)
+    assert first["step"] == "0" and first["loss"] == first["lr"] == first["seconds"] == ""
+    assert first["eval_loss"] == last["eval_loss"] != "" and float(first["cosine"]) == 1
+    moved = RunRecord(run("--lr", "0.05", "--eval-every", "2", "--steps", "4", out=tmp_path / "moved"))
+    steps, losses = moved.series("eval_loss")
+    assert steps.tolist() == [0, 2, 4] and f"{losses[0]}" == first["eval_loss"]
 
 
 # What a run writes
@@ -394,9 +409,13 @@ def test_recipes(recipe: str, run: Callable, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *values: list[float]) -> None:
-    """Evaluations that give these values, one after the other, for each word its own."""
+    """Evaluations after steps that give these values, one after the other, for each word its own."""
     sequence = zip(*values, strict=True)
-    monkeypatch.setattr(Inversion, "evaluate", lambda self: torch.tensor(next(sequence)))
+
+    def evaluate(self: Inversion) -> torch.Tensor:
+        return torch.tensor(next(sequence)) if self.step_count else torch.ones(len(values))
+
+    monkeypatch.setattr(Inversion, "evaluate", evaluate)
 
 
 def test_keep_the_best(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

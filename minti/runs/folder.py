@@ -103,9 +103,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def read_log(path: Path, steps: int) -> list[dict[str, float | None]]:
-    """The rows of the first `steps` steps in a log.csv. Raises InputError unless they are all there."""
-    columns = {name: values[:steps].tolist() for name, values in _read_columns(path).items()}
-    if columns["step"] != [*range(1, steps + 1)] or any(map(math.isnan, columns["lr"])):
+    """The rows of the first `steps` steps in a log.csv, after that of step 0 where it is there.
+
+    Raises:
+        InputError: rows are missing or damaged.
+    """
+    read = _read_columns(path)
+    first = 0 if len(read["step"]) and read["step"][0] == 0 else 1
+    columns = {name: values[: steps + 1 - first].tolist() for name, values in read.items()}
+    if columns["step"] != [*range(first, steps + 1)] or any(map(math.isnan, columns["lr"][1 - first :])):
         raise InputError(f"{path}: is damaged; to learn the word again, --overwrite")
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [

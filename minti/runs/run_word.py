@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..formats.atomic import write_atomically
 from ..formats.concept import Concept
 from ..inversion.batches import Word
-from .folder import log_csv, read_log
+from .folder import COLUMNS, log_csv, read_log
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class RunWord:
         rows: those of log.csv, one for each step.
         best, best_loss, best_step: the vectors at the lowest eval loss, (n, D), that loss and its step.
         final: the vectors when they had converged, (n, D); from then on the word is no longer learned.
+        start: the row of log.csv before the first step, with its eval loss; None if that was not evaluated.
     """
 
     word: Word
@@ -72,20 +73,33 @@ class RunWord:
     best_loss: float = float("inf")
     best_step: int = 0
     final: Tensor | None = None
+    start: dict[str, float | None] | None = None
+
+    @property
+    def logged(self) -> list[dict[str, float | None]]:
+        """All rows of log.csv."""
+        return [*([] if self.start is None else [self.start]), *self.rows]
 
     @property
     def evaluations(self) -> list[float]:
-        """The eval losses so far."""
+        """The eval losses after steps."""
         return [row["eval_loss"] for row in self.rows if row["eval_loss"] is not None]
 
     def evaluated(self, loss: float, vectors: Tensor, watching: Watching, last_vector: int = 0) -> None:
-        """Take note of an evaluation at the step of the last row.
+        """Take note of an evaluation after the step of the last row, or before the first step.
+
+        A word that has converged is not evaluated any more.
 
         Args:
             loss: the eval loss.
             vectors: the vectors that have it, (n, D).
             last_vector: the step at which the last vector joined in.
         """
+        if not self.rows:
+            self.start = dict.fromkeys(COLUMNS) | {"step": 0, "eval_loss": loss, "cosine": 1.0}
+            return
+        if self.final is not None:
+            return
         self.rows[-1]["eval_loss"] = loss
         if loss < self.best_loss:
             self.best, self.best_loss, self.best_step = vectors, loss, self.rows[-1]["step"]
@@ -106,7 +120,7 @@ class RunWord:
             metadata = {**concept.metadata, "step": str(self.best_step)}
             concept = replace(concept, vectors=self.best, metadata=metadata)
         concept.save(self.folder / "learned_embeds.safetensors")
-        write_atomically(self.folder / "log.csv", log_csv(self.rows))
+        write_atomically(self.folder / "log.csv", log_csv(self.logged))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is needed to resume, beside log.csv and the state of the learning itself."""
@@ -126,9 +140,9 @@ class RunWord:
             KeyError: the state lacks something.
         """
         self.final = state.get("final")
-        self.rows = read_log(
-            self.folder / "log.csv", steps if self.final is None else int(state["final_step"])
-        )
+        rows = read_log(self.folder / "log.csv", steps if self.final is None else int(state["final_step"]))
+        self.start = rows.pop(0) if rows and rows[0]["step"] == 0 else None
+        self.rows = rows
         if "best" in state:
             self.best, self.best_loss = state["best"], state["best_loss"].item()
             self.best_step = int(state["best_step"])

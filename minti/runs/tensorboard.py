@@ -27,7 +27,7 @@ class Board:
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Log the rows of log.csv that are not logged yet. Steps that a resumed run repeats are replaced."""
         if self._writer is None:
-            self._writer = self._open(str(self._folder), purge_step=1)
+            self._writer = self._open(str(self._folder), purge_step=0)
         for row in rows[self._written :]:
             for column, value in row.items():
                 if value is not None and column != "step":

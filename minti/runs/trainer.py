@@ -159,6 +159,8 @@ class Trainer:
             return bool(every) and (done % every == 0 or done == steps)
 
         learning = [word for word in self.words if word.final is None]
+        if not first and watching.eval_every:  # most is learned before the next evaluation
+            self._evaluate()
         if first and due(watching.sample_every):  # the run may have been killed after it had saved
             self._preview(learning)
         try:
@@ -207,8 +209,7 @@ class Trainer:
             dist.broadcast(values, 0)
         last_vector = max(self.settings.progressive, default=0)
         for i, (word, value) in enumerate(zip(self.words, values.tolist(), strict=True)):
-            if word.final is None:
-                word.evaluated(value, self._vectors(i), self.watching, last_vector)
+            word.evaluated(value, self._vectors(i), self.watching, last_vector)
 
     def _vectors(self, index: int) -> Tensor:
         """The vectors of a word, or those it had when it converged, (n, D) float32 on the CPU."""
@@ -295,4 +296,4 @@ class Trainer:
             except (OSError, MemoryError) as error:
                 log.warning("%s: no report.html (%s)", word.folder, error)
         for board, word in zip(self._boards, self.words, strict=bool(self._boards)):
-            board.write(word.rows)
+            board.write(word.logged)
