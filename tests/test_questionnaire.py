@@ -178,6 +178,18 @@ def test_bad_answers_are_named(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change", [{"setups": 3}, {"questions": [{}]}, {"questions": 2}, {"setups": ["other"]}]
+)
+def test_a_damaged_key_is_named(change: dict, folder: Path, plan: StudyPlan, tmp_path: Path) -> None:
+    page = write_questionnaire(folder, plan, SETUPS, 2)
+    answer(tmp_path / "answers", page, "a", SETUPS)
+    key = page.with_suffix(".json")
+    key.write_text(json.dumps(json.loads(key.read_text()) | change))
+    with pytest.raises(InputError, match=r"\.json: is damaged; make the questionnaire again"):
+        read_answers(folder, tmp_path / "answers")
+
+
 def test_answers_about_other_setups_are_not_mixed(folder: Path, plan: StudyPlan, tmp_path: Path) -> None:
     answer(tmp_path / "answers", write_questionnaire(folder, plan, SETUPS, 2), "a", SETUPS)
     answer(tmp_path / "answers", write_questionnaire(folder, plan, SETUPS[:2], 2), "b", SETUPS[:2])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from ..errors import InputError
 from ..formats.json_checks import read_json
@@ -65,9 +66,9 @@ def read_answers(study: Path, folder: Path) -> People:
     setups: list[str] = []
     for path in paths:
         raw = read_json(path)
-        if str(raw.get("questionnaire")) not in keys:
+        if (name := str(raw.get("questionnaire"))) not in keys:
             raise InputError(f"{path}: answers no questionnaire of {study}; move it to another folder")
-        key = read_json(keys[raw["questionnaire"]])
+        key = _read_key(keys[name])
         respondent, answers = raw.get("respondent"), raw.get("answers")
         if not isinstance(respondent, str) or not isinstance(answers, list):
             raise InputError(f"{path}: is damaged (no respondent, or no answers); have it sent again")
@@ -83,6 +84,18 @@ def read_answers(study: Path, folder: Path) -> People:
                 ranks[kind].setdefault(setup, []).append(fmean(values))
     found = {kind: {name: _mean(own[name]) for name in setups if own} for kind, own in ranks.items()}
     return People(len(respondents), len(setups), found)
+
+
+def _read_key(path: Path) -> dict[str, Any]:
+    """The key of a questionnaire. Raises InputError if it is damaged."""
+    key = read_json(path)
+    try:
+        shown = [question["setups"] for question in key["questions"] if question["kind"] in ASKED]
+        if len(shown) == len(key["questions"]) and all(sorted(s) == sorted(key["setups"]) for s in shown):
+            return key
+    except (KeyError, TypeError):
+        pass
+    raise InputError(f"{path}: is damaged; make the questionnaire again, with the same options")
 
 
 def _ranks(questions: Sequence[Mapping], answers: Sequence, path: Path) -> dict[str, dict[str, list[int]]]:
