@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,7 +66,9 @@ def test_loss_and_pictures_are_those_of_minti(sd: StableDiffusion) -> None:
     options = ["--num-images", "2", "--sample-steps", "3", "--guidance-scale", "4"]
     images = bottleneck.paint(sd, told, bottleneck.arguments([*CONCEPTS, *options]))
     theirs = sd.sample("a photo of a creature", num_images=2, steps=3, guidance_scale=4.0)
-    assert [image.tobytes() for image in images] == [image.tobytes() for image in theirs]
+    for ours, image in zip(images, theirs, strict=True):
+        # The prompts are encoded one by one here, so the last bit of a value may differ, and with it a level.
+        assert abs(np.asarray(ours, np.int16) - np.asarray(image, np.int16)).max() <= 1
 
 
 def test_command(tmp_path: Path) -> None:
