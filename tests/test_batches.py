@@ -123,6 +123,21 @@ def test_times_are_stratified_and_uniform() -> None:
     assert every.max() > 994
 
 
+@pytest.mark.parametrize(("low", "high"), [(400, None), (0, 99), (7, 7), (500, 899)])
+def test_times_of_a_range(low: int, high: int | None) -> None:
+    """All of them and no others, one from each quarter, and nothing else of a batch is another."""
+    settings = Settings(t_min=low, t_max=high)
+    last = T - 1 if high is None else high
+    plain, batches = ([sample_batch(word(), s, T, 4, i) for i in range(400)] for s in (Settings(), settings))
+    every = torch.stack([batch.t for batch in batches])
+    assert low <= every.min() < low + 10 and last - 10 < every.max() <= last
+    if last > low:
+        assert ((every - low) * 4 // (last - low + 1)).sort(dim=1).values.tolist() == [[0, 1, 2, 3]] * 400
+    assert all(
+        torch.equal(a.eps, b.eps) and a.prompts == b.prompts for a, b in zip(plain, batches, strict=True)
+    )
+
+
 @pytest.mark.parametrize("count", [1, 4, 256])
 def test_the_last_time_is_not_passed(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the random numbers are as close to 1 as float32 can be, t is T - 1."""

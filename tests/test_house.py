@@ -39,6 +39,7 @@ BESIDE = {
     "inversion/init_tokens.py": "tells of init words that the vocabulary lacks",
     "inversion/other_starts.py": "starts that are not a word",
     "inversion/extensions.py": "options that are off by default",
+    "inversion/optimizers.py": "chooses the optimizer, and has one of its own",
     "inversion/templates.py": "reads lists of prompts",
 }
 """Files of model/ and inversion/ that are no part of the method, besides the kernels, with the reason."""

@@ -86,7 +86,15 @@ def test_every_setting_reaches_the_word() -> None:
             "seed": 7,
         },
         **{"crop": "random", "flip": False, "photos": 2, "steps": 9, "batch_size": 3, "accumulate": 2},
-        **{"lr_schedule": "cosine", "warmup": 4, "weight_decay": 0.3, "progressive": [5]},
+        **{
+            "lr_schedule": "cosine",
+            "warmup": 4,
+            "optimizer": "direction",
+            "kappa": 0.5,
+            "weight_decay": 0.3,
+            "progressive": [5],
+        },
+        **{"t_min": 5, "t_max": 900, "average": 2},
         **{"regularization": 0.7, "max_norm": 2.0, "per_image": 0.25, "caption_dropout": 0.1},
     }
     assert set(values) == set(KEYS)

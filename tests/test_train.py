@@ -246,6 +246,8 @@ def test_it_is_the_method_with_the_options_of_the_command_line(run: Callable, ba
         (["--eval-size", "6"], {"eval_size": 6}),
         (["--steps", "7", "--batch-size", "3"], {"steps": 7, "batch_size": 3}),
         (["--num-vectors", "2", "--progressive", "3"], {"progressive": (3,)}),
+        (["--optimizer", "direction", "--kappa", "0.1"], {"optimizer": "direction", "kappa": 0.1}),
+        (["--t-min", "40", "--t-max", "60", "--average", "2"], {"t_min": 40, "t_max": 60, "average": 2}),
     ],
 )
 def test_options_become_settings(
@@ -616,6 +618,11 @@ def test_the_last_good_vectors_are_kept(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--t-min", "2000"], "t_min 2000, t_max 999: the time steps of this model are 0 to 999"),
+        (["--t-min", "2", "--t-max", "1"], "t_max = 1: should be an integer of at least 2"),
+        (["--optimizer", "sgd"], "optimizer"),
+        (["--kappa", "-1"], "kappa: -1 should be at least 0"),
+        (["--average", "0"], "average: 0 should be at least 1"),
         (["--images", "no/such"], "no/such: is not a folder"),
         (["--checkpoint", "no/such"], "no/such"),
         (["--init-word", ""], "--init-word must be given"),
@@ -803,10 +810,12 @@ def test_concepts_that_are_no_list_of_words(concepts: object, run: Callable, tmp
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes(run: Callable, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "direction"])
+def test_two_processes(optimizer: str, run: Callable, base: Path, tmp_path: Path) -> None:
     """With the same batch in all, the vectors of one process up to 1e-5: sums in another order."""
     more = ["--num-vectors", "2", "--scale-lr", "--lr", "0.001", "--regularization", "0.01", "--steps", "5"]
     more += ["--per-image", "0.5", "--keep", "best", "--sample-every", "5", "--sample-steps", "1"]
+    more += ["--average", "2", "--optimizer", optimizer]
     two = tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += ["-m", "minti.train", *arguments(base, two, *more)]

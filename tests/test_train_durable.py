@@ -343,6 +343,12 @@ def test_more_steps_than_a_schedule_was_made_for(run_to: Callable) -> None:
         run_to("--lr-schedule", "cosine", "--resume", steps=6)
 
 
+def test_more_steps_after_an_average(run_to: Callable) -> None:
+    run_to("--average", "2")
+    with pytest.raises(InputError, match="now it is 6, but the vectors have been averaged"):
+        run_to("--average", "2", "--resume", steps=6)
+
+
 @pytest.mark.parametrize("reason", ["memory", "file"])
 def test_a_preview_that_fails(
     reason: str,

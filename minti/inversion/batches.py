@@ -100,16 +100,17 @@ def sample_batch(word: Word, settings: Settings, num_train_timesteps: int, count
 
     Args:
         word: what to draw samples of.
-        settings: how often prompts are the bare word, or have a word for the photo.
-        num_train_timesteps: T; time steps are from 0 to T - 1.
+        settings: the range of the time steps, how often prompts are the bare word or name the photo.
+        num_train_timesteps: T; the model's time steps are from 0 to T - 1.
         count: B, the number of samples.
         key: together with the seed of the word it decides everything random.
     """
-    g, latents, T = generator(word.seed, *key), word.latents, num_train_timesteps
+    g, latents = generator(word.seed, *key), word.latents
     photos = int(latents.photo.max()) + 1
     photo = torch.cat([torch.randperm(photos, generator=g) for _ in range(-(-count // photos))])[:count]
     stratum = (torch.randperm(count, generator=g) + torch.rand(count, generator=g)) / count
-    t = (stratum * T).long().clamp(max=T - 1)  # just below 1 may round up to it
+    low, high = settings.time_range(num_train_timesteps)
+    t = (low + stratum * (high - low)).long().clamp(max=high - 1)  # just below 1 may round up to it
     views = [(latents.photo == p).nonzero()[:, 0] for p in photo]
     view = torch.stack([v[torch.randint(len(v), (), generator=g)] for v in views])
     chance = torch.rand(count, 2, generator=g).tolist()

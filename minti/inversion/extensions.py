@@ -1,13 +1,14 @@
 """What may be added to the plain method; nothing of it is used by default.
 
 Three of these the authors tried themselves (arXiv 2208.01618, section 5.2, "Evaluation setups"): vectors that
-join in one after another, a penalty on the distance to the start, and a word for each single photo. The
-fourth, a longest length, keeps vectors where the text encoder knows its way.
+join in one after another, a penalty on the distance to the start, and a word for each single photo. A longest
+length keeps vectors where the text encoder knows its way, and a mean over the last steps evens out the noise
+of the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from ..formats.concept import Concept
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import Tokenizer, clean
 from .batches import Word, photo_word
+from .optimizers import DirectionDescent
 from .other_starts import initial_rows
+from .settings import Settings
+from .state import entry
 
 
 def add_photo_words(sd: StableDiffusion, word: Word) -> list[nn.Parameter]:
@@ -35,13 +39,6 @@ def penalty(rows: Sequence[Tensor], starts: Sequence[Tensor], weight: float) -> 
     """The squared distance of each word's rows to their start, times `weight`, summed over the words."""
     drift = [(now - start).square().sum(1).mean() for now, start in zip(rows, starts, strict=True)]
     return (weight * torch.stack(drift)).sum()
-
-
-@torch.no_grad()
-def limit_norms(rows: Sequence[Tensor], longest: float) -> None:
-    """Shorten, in place, every row that is longer than this."""
-    for p in rows:
-        p.renorm_(2, 0, longest)
 
 
 class Progression:
@@ -71,10 +68,64 @@ class Progression:
         if active != known:
             self.tokenizer.placeholders = active
 
+
+class Constraints:
+    """What is done to the rows after every update.
+
+    With `Settings.average` the mean of the rows after each of the last steps replaces them after the very
+    last one (Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging").
+
+    Args:
+        optimizer: of all rows.
+        rows: those of each word.
+        settings: how the words are learned.
+        longest: how long a vector may be; None: any length.
+        progression: tells which vectors wait.
+
+    Attributes:
+        starts: where the rows of each word started.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rows: Sequence[nn.Parameter],
+        settings: Settings,
+        longest: float | None,
+        progression: Progression,
+    ) -> None:
+        self.rows, self.starts = rows, [p.detach().clone() for p in rows]
+        self.optimizer, self.longest, self.progression = optimizer, longest, progression
+        self.steps, self.count = settings.steps, min(settings.average, settings.steps)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._sums = [torch.zeros_like(p) for p in self._parameters] if settings.average > 1 else []
+
     @torch.no_grad()
-    def put_back(self, rows: Sequence[Tensor], starts: Sequence[Tensor], step: int) -> None:
-        """Move the vectors that wait back to their start, which weight decay has moved them from."""
-        if self.steps:
-            for now, start in zip(rows, starts, strict=True):
-                waiting = slice(self.num_active(step), None)
+    def apply(self, step: int) -> None:
+        """Change the rows in place after a step, the first being 0."""
+        if self.longest is not None:
+            for p in self._parameters:
+                p.renorm_(2, 0, self.longest)  # shortens the rows that are longer
+        if self._sums and step >= self.steps - self.count:
+            self._average(last=step + 1 == self.steps)
+        if self.progression.steps:  # weight decay has moved the vectors that wait
+            for now, start in zip(self.rows, self.starts, strict=True):
+                waiting = slice(self.progression.num_active(step), None)
                 now[waiting] = start[waiting]
+
+    def _average(self, *, last: bool) -> None:
+        for p, total in zip(self._parameters, self._sums, strict=True):
+            total += p
+            if last:
+                p.copy_(total / self.count)
+        if last and isinstance(self.optimizer, DirectionDescent):
+            self.optimizer.normalize()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums of the rows so far."""
+        return {f"average.{i}": total for i, total in enumerate(self._sums)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue where `state_dict` was taken. Raises InputError if it does not fit."""
+        for i, total in enumerate(self._sums):
+            total.copy_(entry(state, f"average.{i}", total))

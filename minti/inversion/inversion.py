@@ -19,9 +19,10 @@ from ..model.stable_diffusion import StableDiffusion
 from . import state as saved
 from .batches import Batch, Settings, Word, loss_inputs, sample_batch
 from .divergence import Diverged, DivergenceWatch
-from .extensions import Progression, limit_norms, penalty
+from .extensions import Constraints, Progression, penalty
 from .learn import diffusion_loss
 from .new_words import add_words
+from .optimizers import make_optimizer
 
 
 class Inversion:
@@ -65,13 +66,14 @@ class Inversion:
         self.rows, self.photo_rows = add_words(sd, self.words, settings, replace=replace, templates=templates)
         self._progression = Progression(sd.tokenizer, self.words, settings.progressive)
         self._progression.update_tokenizer(0)
-        self._starts = [word.init.to(sd.device) for word in self.words]
         groups = [
             {"params": [rows, *photo_rows], "lr": word.lr}
             for word, rows, photo_rows in zip(self.words, self.rows, self.photo_rows, strict=True)
         ]
         self._parameters = [p.requires_grad_(True) for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
+        self.optimizer = make_optimizer(sd, groups, settings)
+        longest = None if settings.max_norm is None else settings.max_norm * self.vocabulary_norm
+        self._constraints = Constraints(self.optimizer, self.rows, settings, longest, self._progression)
         # float16 has so small a range that gradients vanish unless the loss is scaled up (arXiv 1710.03740).
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
         self._watch = DivergenceWatch(self._parameters, self.rows)
@@ -99,11 +101,12 @@ class Inversion:
             self.scaler.scale(loss.sum()).backward()
             losses += loss.detach()
         if self.settings.regularization and self.rank == 0:
-            self.scaler.scale(penalty(self.rows, self._starts, self.settings.regularization)).backward()
+            starts = self._constraints.starts
+            self.scaler.scale(penalty(self.rows, starts, self.settings.regularization)).backward()
         self._sum_over_processes(losses)
         self._watch.check_gradients(losses, self.scaler)
         self._update()
-        self._constrain()
+        self._constraints.apply(self.step_count)
         self._watch.end_step()
         self.step_count += 1
         self._progression.update_tokenizer(self.step_count)
@@ -143,11 +146,6 @@ class Inversion:
             group["lr"] = word.lr * self.settings.lr_factor(self.step_count)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-    def _constrain(self) -> None:
-        if self.settings.max_norm is not None:
-            limit_norms(self._parameters, self.settings.max_norm * self.vocabulary_norm)
-        self._progression.put_back(self.rows, self._starts, self.step_count)
 
     def active_vectors(self, index: int) -> Tensor:
         """The vectors of a word that prompts use at this step, (n, D) float32."""
@@ -192,10 +190,11 @@ class Inversion:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes in the course of learning."""
-        return saved.pack(self.step_count, self.optimizer, self.scaler)
+        return saved.pack(self.step_count, self.optimizer, self.scaler) | self._constraints.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken. Raises InputError if it does not fit."""
         self.step_count = saved.unpack(state, self.optimizer, self.scaler)
+        self._constraints.load_state_dict(state)
         self._watch.good_steps.fill_(self.step_count)
         self._progression.update_tokenizer(self.step_count)

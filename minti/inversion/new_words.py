@@ -31,8 +31,10 @@ def add_words(
         The (num_vectors, D) float32 rows of each word, and for each word those of the words for its photos.
 
     Raises:
-        InputError: a placeholder is taken, or see `check_prompts`; the model knows none of the words then.
+        InputError: a placeholder is taken; the model has no such time steps as the settings ask for; or see
+            `check_prompts`. The model knows none of the words then.
     """
+    settings.time_range(sd.schedule.config.num_train_timesteps)
     known = sd.tokenizer.placeholders
     try:
         rows = [sd.add_concept(Concept(w.placeholder, w.init), replace=replace) for w in words]

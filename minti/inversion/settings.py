@@ -15,10 +15,15 @@ class Settings:
     steps: int = 3000
     batch_size: int = 4  # samples of each word, in each process
     accumulate: int = 1  # batches whose gradients are added up for an update
+    optimizer: str = "adamw"  # or "direction": rows keep one length, see `optimizers.DirectionDescent`
+    kappa: float = 1e-4  # of "direction": how strongly it pulls towards the start
     lr_schedule: str = "constant"  # or "cosine", down to zero (arXiv 1608.03983, without restarts)
     warmup: int = 0  # steps over which the learning rate rises from zero
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     weight_decay: float = 0.01  # of AdamW
+    t_min: int = 0  # first of the time steps that are learned from
+    t_max: int | None = None  # last of them; None: that of the model
+    average: int = 1  # the result is the mean of the rows after each of so many last steps
     progressive: tuple[int, ...] = ()  # steps at which the second vector of a word joins in, the third, ...
     regularization: float = 0.0  # weight of ||v - v_init||^2 in the loss
     max_norm: float | None = None  # longest a vector may be, in mean lengths of the vocabulary's
@@ -28,15 +33,19 @@ class Settings:
     eval_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "eval_size"):
+        for name in ("steps", "batch_size", "accumulate", "average", "eval_size"):
             check_number(name, getattr(self, name), int, 1)
-        check_number("warmup", self.warmup, int, 0)
-        for name in ("weight_decay", "regularization"):
+        for name in ("warmup", "t_min"):
+            check_number(name, getattr(self, name), int, 0)
+        if self.t_max is not None:
+            check_number("t_max", self.t_max, int, self.t_min)
+        for name in ("weight_decay", "regularization", "kappa"):
             check_number(name, getattr(self, name), float, 0)
         for name in ("per_image", "caption_dropout"):
             check_number(name, getattr(self, name), float, 0, 1)
-        if self.lr_schedule not in ("constant", "cosine"):
-            raise InputError(f"lr_schedule {self.lr_schedule!r}: choose from constant, cosine")
+        for name, choices in (("lr_schedule", ("constant", "cosine")), ("optimizer", ("adamw", "direction"))):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
         if sorted(set(self.progressive)) != list(self.progressive):
             raise InputError(f"progressive {self.progressive}: the steps should rise")
 
@@ -46,3 +55,16 @@ class Settings:
         if self.lr_schedule == "cosine":
             factor *= 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
         return factor
+
+    def time_range(self, num_train_timesteps: int) -> tuple[int, int]:
+        """The first time step that is learned from, and the one after the last, for a model that has T.
+
+        Raises:
+            InputError: the model has no such time steps.
+        """
+        T = num_train_timesteps
+        last = T - 1 if self.t_max is None else self.t_max
+        if not self.t_min <= last < T:
+            text = f"t_min {self.t_min}, t_max {last}: the time steps of this model are 0 to {T - 1}"
+            raise InputError(text)
+        return self.t_min, last + 1

@@ -77,10 +77,12 @@ def run_folder(
     path = Path(out) / "config.yaml"
     before = read_yaml(path).get("steps") if resume and path.exists() else None
     if isinstance(before, int) and settings["steps"] > before:
-        if settings["lr_schedule"] != "constant":
+        ended = ["the learning rate has fallen to zero"] if settings["lr_schedule"] != "constant" else []
+        ended += ["the vectors have been averaged"] if settings["average"] > 1 else []
+        if ended:
             change = f"steps was {before}, now it is {settings['steps']}"
             remedy = "start another run with --init file --init-word .../learned_embeds.safetensors"
-            raise InputError(f"{path}: {change}, but the learning rate has fallen to zero by then; {remedy}")
+            raise InputError(f"{path}: {change}, but {ended[0]} by then; {remedy}")
         may_differ.append("steps")
     return WorkFolder(
         out,

@@ -52,13 +52,21 @@ def options() -> Options:
     opts.add(group, "--steps", 3000, type=count, help="updates")
     opts.add(group, "--batch-size", 4, type=some, help="samples of each word at a time")
     opts.add(group, "--accumulate", 1, type=some, help="batches summed up for an update")
-    opts.add(group, "--lr", 5e-3, type=rate, help="learning rate of AdamW")
+    text = "direction: vectors keep the mean length of the vocabulary's; try --lr 0.01"
+    opts.add(group, "--optimizer", "adamw", choices=["adamw", "direction"], help=text)
+    text = "of --optimizer direction: pull towards the start; more follows prompts closer"
+    opts.add(group, "--kappa", 1e-4, type=weight, help=text)
+    opts.add(group, "--lr", 5e-3, type=rate, help="learning rate")
     opts.add(group, "--scale-lr", False, help="multiply lr by batch size, accumulation and processes")
     opts.add(group, "--lr-schedule", "constant", choices=["constant", "cosine"], help="how lr develops")
     opts.add(group, "--warmup", 0, type=steps, help="steps over which lr rises from zero")
     opts.add(group, "--weight-decay", 0.01, type=weight, help="of AdamW")
     opts.add(group, "--beta1", 0.9, type=decay, help="of AdamW")
     opts.add(group, "--beta2", 0.999, type=decay, help="of AdamW")
+    opts.add(group, "--t-min", 0, type=steps, help="learn only from time steps from here on; try 400")
+    opts.add(group, "--t-max", type=steps, help="and up to here; by default the last one")
+    text = "the result is the mean over so many of the last steps"
+    opts.add(group, "--average", 1, type=count, help=text)
     text = "step at which one more vector joins in"
     opts.add(group, "--progressive", [], type=count, metavar="STEP", help=text)
     text = "weight of the squared distance to the start"

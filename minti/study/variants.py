@@ -49,11 +49,12 @@ class Variant:
 
     @property
     def trajectory(self) -> Variant:
-        """The same for words that differ only in how long they are learned, if the learning rate is constant.
+        """The same for words that differ only in how long they are learned, if their end is like any step.
 
         Then the word after fewer steps is a snapshot of the word after more.
         """
-        return self.after(self.settings.steps if self.settings.lr_schedule != "constant" else 1)
+        ends = self.settings.lr_schedule != "constant" or self.settings.average > 1
+        return self.after(self.settings.steps if ends else 1)
 
     def after(self, steps: int) -> Variant:
         """The same with another number of steps."""
@@ -164,7 +165,7 @@ def make_variant(setup: Setup, concept: ConceptSpec, scale: float = 1.0) -> Vari
         )
     shared = {key: values[key] for key in SHARED}
     shared |= {"betas": (values["beta1"], values["beta2"]), "progressive": progressive}
-    shared |= {key: scaled(values[key]) for key in ("steps", "warmup") if values[key]}
+    shared |= {key: scaled(values[key]) for key in ("steps", "warmup", "average") if values[key]}
     own = {key: values[key] for key in PER_WORD}
     return Variant(concept, photos=setup.values.get("photos"), settings=Settings(**shared), **own)
 
