@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,11 @@ from .cli.processes import Processes
 from .cli.work_folder import WorkFolder
 from .errors import InputError
 from .formats.atomic import write_atomically
+from .formats.photos import load_photos
+from .inversion.clip_objective import ClipInversion, ClipTarget
 from .inversion.divergence import Diverged
+from .inversion.inversion import Inversion
+from .judge.scorer import Scorer, choose_clip
 from .runs.folder import STATE, read_state, run_folder
 from .runs.options import (
     learning_settings,
@@ -80,6 +85,7 @@ def learn_words(
             for spec, start in zip(specs, starts, strict=True)
         ]
     settings = learning_settings(vars(args))
+    learner = Inversion if settings.objective == "diffusion" else clip_learner(args, specs, sd.device)
     trainer = Trainer(
         sd,
         [word for word, _ in words],
@@ -91,6 +97,7 @@ def learn_words(
         size=args.size,
         replace=args.replace_word,
         compiled=args.compile,
+        learner=learner,
     )
     # Only now, with everything in order, is anything written or an old run removed.
     if state:
@@ -113,6 +120,18 @@ def learn_words(
     for word, _ in words if done else ():
         log.info("%s: learned in %s", word.placeholder, word.folder / "learned_embeds.safetensors")
     return done
+
+
+def clip_learner(
+    args: argparse.Namespace, specs: Sequence[dict[str, Any]], device: torch.device
+) -> Callable[..., Inversion]:
+    """What learns the words with the objective of CLIP. Raises InputError if the CLIP cannot be used."""
+    clip = choose_clip(args.clip, args.checkpoint)
+    scorer, targets = Scorer.load(clip, device=device, tokenizer=args.clip_tokenizer), []
+    for spec in specs:
+        image = scorer.mean_embedding(photo.open() for photo in load_photos(spec["images"]))
+        targets.append(ClipTarget(image, "" if spec["init"] == "file" else spec["init_word"]))
+    return partial(ClipInversion, text_encoder=scorer.text_encoder, targets=targets)
 
 
 def command() -> NoReturn:

@@ -35,6 +35,7 @@ BESIDE = {
     "inversion/divergence.py": "notices that training has gone wrong",
     "inversion/state.py": "saves and restores a run",
     "inversion/settings.py": "the options of a run, with their checks",
+    "inversion/clip_objective.py": "a rival: the objective of CLIP",
     "inversion/new_words.py": "refuses words that do not fit into their prompts",
     "inversion/init_tokens.py": "tells of init words that the vocabulary lacks",
     "inversion/other_starts.py": "starts that are not a word",

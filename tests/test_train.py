@@ -653,7 +653,7 @@ def test_the_last_good_vectors_are_kept(
         (["--learning-rate", "1"], "unknown option '--learning-rate'"),
         (
             ["--config", "no-such-recipe"],
-            "recipes are fast, low-memory, object, paper, style, tiny, tiny-all, tune-tiny",
+            "recipes are clip-word, fast, low-memory, object, paper, style, tiny, tiny-all, tune-tiny",
         ),
         (["--device", "tpu"], "device 'tpu'"),
         (["--set", "crop=middle"], "crop"),

@@ -116,7 +116,7 @@ class Options:
         self.add(group, "--compile", False, help="compile the model first: minutes now, faster steps later")
 
     def add_judge(self, group: str) -> None:
-        """Declare the options that say which CLIP judges pictures; see `scoring.choose_clip`."""
+        """Declare the options that say which CLIP judges pictures; see `judge.scorer.choose_clip`."""
         text = "CLIP to judge by: transformers folder or OpenAI's .pt; by default the checkpoint's own"
         self.add(group, "--clip", metavar="PATH", help=text)
         text = "tokenizer for a .pt file, folder or .txt.gz"

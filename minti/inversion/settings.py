@@ -12,6 +12,7 @@ from ..errors import InputError, check_number
 class Settings:
     """Options of `Inversion`. Impossible values raise InputError."""
 
+    objective: str = "diffusion"  # or "clip", see `clip_objective.py`
     steps: int = 3000
     batch_size: int = 4  # samples of each word, in each process
     accumulate: int = 1  # batches whose gradients are added up for an update
@@ -43,9 +44,10 @@ class Settings:
             check_number(name, getattr(self, name), float, 0)
         for name in ("per_image", "caption_dropout"):
             check_number(name, getattr(self, name), float, 0, 1)
-        for name, choices in (("lr_schedule", ("constant", "cosine")), ("optimizer", ("adamw", "direction"))):
-            if (value := getattr(self, name)) not in choices:
-                raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
+        choices = {"lr_schedule": ("constant", "cosine"), "optimizer": ("adamw", "direction")}
+        for name, known in (choices | {"objective": ("diffusion", "clip")}).items():
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"{name} {value!r}: choose from {', '.join(known)}")
         if sorted(set(self.progressive)) != list(self.progressive):
             raise InputError(f"progressive {self.progressive}: the steps should rise")
 

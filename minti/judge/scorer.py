@@ -58,6 +58,10 @@ class Scorer:
             embeddings.append(self.image_encoder(pixels).cpu())
         return _unit(torch.cat(embeddings))
 
+    def mean_embedding(self, images: Iterable[Image.Image]) -> Tensor:
+        """The mean of the embeddings of n pictures, (P,) float32 of unit length, on the CPU."""
+        return F.normalize(self.embed_images(images).mean(dim=0), dim=0)
+
     def measure(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """The embeddings of pictures, as `picture_jobs.Measure` has it."""
         return {"embeddings": self.embed_images(images)}

@@ -49,6 +49,8 @@ def options() -> Options:
     opts.add(group, "--crop", "center", choices=CROPS, help="which part of a photo that is not square")
     opts.add(group, "--flip", True, help="also learn from mirror images; not for text or faces")
     group = "learning"
+    text = "loss of the diffusion model; or, as a rival, of the CLIP whose text encoder it has"
+    opts.add(group, "--objective", "diffusion", choices=["diffusion", "clip"], help=text)
     opts.add(group, "--steps", 3000, type=count, help="updates")
     opts.add(group, "--batch-size", 4, type=some, help="samples of each word at a time")
     opts.add(group, "--accumulate", 1, type=some, help="batches summed up for an update")
@@ -93,6 +95,7 @@ def options() -> Options:
     opts.add(group, "--sample-steps", 25, type=number(int, 1, 4096), help="DDIM steps of the previews")
     text = "also log for TensorBoard, which has to be installed, in the folder tensorboard"
     opts.add(group, "--tensorboard", False, help=text)
+    opts.add_judge("the CLIP of --objective clip")
     opts.add_model()
     opts.file_only("concepts")
     return opts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ class Trainer:
         checkpoint: the path of the model, for messages and for those who read the files.
         size: pixels of the previews; by default what the model was trained on.
         replace, compiled: see `Inversion`.
+        learner: makes the `Inversion`, for another objective.
 
     Raises:
         InputError: options do not go together, which is noticed here rather than hours later.
@@ -70,6 +71,7 @@ class Trainer:
         size: int | None = None,
         replace: bool = False,
         compiled: bool = False,
+        learner: Callable[..., Inversion] = Inversion,
     ) -> None:
         self.sd, self.words, self.settings, self.watching = sd, words, settings, watching
         self.processes, self.checkpoint, self.size = processes, checkpoint, size
@@ -82,7 +84,7 @@ class Trainer:
         for word in words:  # can the word be saved?
             concept = Concept(word.placeholder, word.word.init, widths=sd.widths)
             encode_concepts(word.folder / "learned_embeds.safetensors", [concept])
-        self.inversion = Inversion(
+        self.inversion = learner(
             sd,
             [word.word for word in words],
             settings,
@@ -96,19 +98,18 @@ class Trainer:
         self._pending: list[tuple[list[float], Tensor]] = []  # steps that are not logged yet; see `_measure`
         self._previews = bool(watching.sample_every) and processes.rank == 0
         self._boards = open_boards(out, words) if watching.tensorboard and processes.rank == 0 else []
-        dtype = str(sd.dtype).removeprefix("torch.")
-        self._model = model_hash(sd.text_encoder, sd.unet, sd.vae)
+        dtype, model = str(sd.dtype).removeprefix("torch."), model_hash(sd.text_encoder, sd.unet, sd.vae)
         self._metadata = {
             "base_model": checkpoint,
-            "base_model_hash": self._model,  # of the weights as they were loaded, hence the dtype
+            "base_model_hash": model,  # of the weights as they were loaded, hence the dtype
             "dtype": dtype,
             "minti": __version__,
         }
         # What a run depends on beside its settings, and what to say of it if it has changed on resume.
-        model = torch.tensor(list(self._model.encode()), dtype=torch.uint8)
+        hashed = torch.tensor(list(model.encode()), dtype=torch.uint8)
         self._resume_checks = {
             "world": (torch.tensor(processes.world), ""),
-            f"model_hash.{dtype}": (model, f"another checkpoint in {checkpoint}"),
+            f"model_hash.{dtype}": (hashed, f"another checkpoint in {checkpoint}"),
         }
         for i, word in enumerate(words):
             what = f"other photos, captions or templates of {word.placeholder!r}"
