@@ -32,6 +32,7 @@ from .judge.evaluation_plan import (
 from .judge.picture_jobs import PictureStore, Protocol, file_name, make_all
 from .judge.results import plot, report, score_table, write_sheet
 from .judge.scorer import Scorer, choose_clip
+from .model import kernels
 from .runs.folder import RunRecord
 from .version import __version__
 
@@ -101,7 +102,7 @@ def make_plan(
     sd = load_model(args)
     sd.schedule.timesteps(args.sample_steps)
     if args.compile:
-        sd.compile()
+        kernels.compile_denoiser(sd.unet)
     scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
     name = list_name(len(sd.vocabulary), style) if args.prompts == "auto" else args.prompts
     prompts = choose_prompts(name, args.reconstruction_prompt)

@@ -28,6 +28,7 @@ from .formats.photos import open_image
 from .judge.prompts import notices
 from .judge.ranking import closest, ranking_text
 from .judge.scorer import Scorer, choose_clip
+from .model import kernels
 from .model.stable_diffusion import StableDiffusion
 from .version import __version__
 
@@ -163,7 +164,7 @@ def load(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]
     for notice in notices(args.prompt, args.negative_prompt, args.guidance_scale, sd.tokenizer):
         log.warning("%s", notice)
     if args.compile:
-        sd.compile()
+        kernels.compile_denoiser(sd.unet)
     return sd, concepts
 
 

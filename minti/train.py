@@ -24,6 +24,7 @@ from .inversion.clip_objective import ClipInversion, ClipTarget
 from .inversion.divergence import Diverged
 from .inversion.inversion import Inversion
 from .judge.scorer import Scorer, choose_clip
+from .model.checks import check_weights
 from .runs.folder import STATE, read_state, run_folder
 from .runs.options import (
     learning_settings,
@@ -74,7 +75,7 @@ def learn_words(
         sd = load_model(argparse.Namespace(**vars(args) | {"device": processes.device(args.device)}))
     if sd.device.type == "cuda":
         torch.cuda.set_device(sd.device)
-    sd.check_weights()
+    check_weights(sd)
     sd.unet.gradient_checkpointing = args.gradient_checkpointing
     how = {"size": args.size, "crop": args.crop, "flip": args.flip}
     how["lr_scale"] = args.batch_size * args.accumulate * processes.world if args.scale_lr else 1

@@ -33,7 +33,7 @@ from transformers import (
 
 import minti
 from minti.formats import keymap
-from minti.model.conditioning import TwoTextEncoders
+from minti.model.sdxl import TwoTextEncoders
 from minti.model.tokenizer import byte_symbols
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

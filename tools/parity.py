@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import minti
 from minti.errors import InputError
 from minti.formats.checkpoint import make_plan
+from minti.model.stable_diffusion import Predict
 from tests import compare, oracles
 
 NO_MIDDLE = {"mid_block_type": None, "layers_per_block": 1}
@@ -110,12 +111,15 @@ PUBLISHED = (
 def published_picture(sd: minti.StableDiffusion, case: Published) -> torch.Tensor:
     """The picture of a case, (3, H, W) in [0, 1], not rounded."""
     h = case.side // sd.vae.config.downscale
-    noise = None
-    if case.numpy_noise:
-        noise = np.random.RandomState(0).standard_normal((1, sd.vae.config.latent_channels, h, h))
-        noise = torch.from_numpy(noise).float()
-    how = {"steps": case.steps, "guidance_scale": case.guidance_scale, "size": case.side}
-    *_, latents = sd.denoise([case.prompt], [0], x_T=noise, **how)
+
+    def sampler(predict: Predict, x_T: torch.Tensor) -> Iterator[torch.Tensor]:
+        if case.numpy_noise:
+            noise = np.random.RandomState(0).standard_normal((1, sd.vae.config.latent_channels, h, h))
+            x_T = torch.from_numpy(noise).float().to(sd.device)
+        return sd.schedule.ddim_sample(predict, x_T, case.steps)
+
+    how = {"steps": case.steps, "guidance_scale": case.guidance_scale, "size": case.side, "sampler": sampler}
+    *_, latents = sd.denoise([case.prompt], [0], **how)
     pixels = sd.vae.decode(latents.to(sd.vae.dtype) / sd.vae.config.scaling_factor)
     return (pixels[0].float() / 2 + 0.5).clamp(0, 1)
 

@@ -24,10 +24,11 @@ from ..formats.photos import Photo, open_image
 from ..judge.prompts import notices
 from ..judge.ranking import closest, ranking_text
 from ..judge.scorer import Scorer
+from ..model import kernels
 from ..model.stable_diffusion import StableDiffusion
 from ..version import __version__
 from .blending import paint
-from .inverting import encode_mean, invert_photo
+from .inverting import encode_mean, invert_photo, sample_from
 from .region import around, as_tensor, opacity, prepare_mask, whole
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class Editor:
         for notice in notices(prompts, args.negative_prompt, args.guidance_scale, sd.tokenizer):
             log.warning("%s", notice)
         if args.compile:
-            sd.compile()
+            kernels.compile_denoiser(sd.unet)
         return sd
 
     def write(self, name: str, image: Image.Image, text: Mapping[str, str]) -> None:
@@ -202,7 +203,7 @@ class Editor:
             ways.append((args.prompt, args.guidance_scale))
             latents = []
             for prompt, guidance in ways:
-                way = sd.denoise([prompt], [0], size=region.size, x_T=x_T, guidance_scale=guidance, **how)
+                way = sample_from(sd, x_T, prompt, guidance_scale=guidance, **how)
                 latents.append(last(way, progress))
         finally:
             progress.close()

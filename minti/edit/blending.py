@@ -14,7 +14,7 @@ of this: it is shown the mask and the photo without what is masked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..model.stable_diffusion import StableDiffusion
+from ..model.stable_diffusion import Predict, StableDiffusion
 
 
 @torch.no_grad()
@@ -71,14 +71,15 @@ def paint(
     start = noise = draw((1, sd.vae.config.latent_channels, *cells.shape[2:]), generators).to(sd.device)
     if strength < 1:
         start = sd.schedule.q_sample(z0, noise, path[0][0])
-    beside = []
+    beside = []  # what a UNet for inpainting sees beside x_t
     if for_inpainting:
-        hidden = encode(sd, photo * (mask == 0), generators).to(sd.dtype)
-        beside = [(cells > 0).to(sd.dtype).expand(len(seeds), -1, -1, -1), hidden]
+        hidden = encode(sd, photo * (mask == 0), generators)
+        beside = [(cells > 0).float().expand(len(seeds), -1, -1, -1), hidden]
 
-    def sampler(predict: Callable[[Tensor, int], Tensor], x: Tensor) -> Iterator[Tensor]:
+    def sampler(predict: Predict, _: Tensor) -> Iterator[Tensor]:
+        x = start
         for i, (t, t_prev) in enumerate(path):
-            x = sd.schedule.ddim_step(predict(x, t), x, t, t_prev, 0.0, x)
+            x = sd.schedule.ddim_step(predict(torch.cat([x, *beside], dim=1), t), x, t, t_prev, 0.0, x)
             if not for_inpainting:
                 is_last, background = i == len(path) - 1, z0
                 if not is_last:
@@ -89,10 +90,7 @@ def paint(
             yield x
 
     size = (photo.shape[3], photo.shape[2])
-    prompts = [prompt] * len(seeds)
-    yield from sd.denoise(
-        prompts, seeds, steps=steps, size=size, x_T=start, beside=beside, sampler=sampler, **options
-    )
+    yield from sd.denoise([prompt] * len(seeds), seeds, steps=steps, size=size, sampler=sampler, **options)
 
 
 def encode(sd: StableDiffusion, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

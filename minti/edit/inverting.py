@@ -10,7 +10,7 @@ of the photo is lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.diffusion import Schedule
-from ..model.stable_diffusion import StableDiffusion
+from ..model.stable_diffusion import Predict, StableDiffusion
 
 
 def invert(
     schedule: Schedule,
-    predict: Callable[[Tensor, int], Tensor],
+    predict: Predict,
     x0: Tensor,
     steps: int,
     *,
@@ -69,11 +69,27 @@ def invert_photo(
         options: `guidance_scale` and others of `StableDiffusion.denoise`.
     """
 
-    def sampler(predict: Callable[[Tensor, int], Tensor], x0: Tensor) -> Iterator[Tensor]:
-        return invert(sd.schedule, predict, x0, steps, at_current=at_current)
+    def sampler(predict: Predict, _: Tensor) -> Iterator[Tensor]:
+        return invert(sd.schedule, predict, z0, steps, at_current=at_current)
 
-    size = tuple(side * sd.vae.config.downscale for side in (z0.shape[3], z0.shape[2]))
-    yield from sd.denoise([prompt], [0], steps=steps, size=size, x_T=z0, sampler=sampler, **options)
+    yield from sd.denoise([prompt], [0], steps=steps, size=pixels_of(sd, z0), sampler=sampler, **options)
+
+
+def sample_from(
+    sd: StableDiffusion, x_T: Tensor, prompt: str, *, steps: int, **options: Any
+) -> Iterator[Tensor]:
+    """Back from an x_T, (1, C, h, w), to the latents of a picture that a prompt describes."""
+
+    def sampler(predict: Predict, _: Tensor) -> Iterator[Tensor]:
+        return sd.schedule.ddim_sample(predict, x_T, steps)
+
+    yield from sd.denoise([prompt], [0], steps=steps, size=pixels_of(sd, x_T), sampler=sampler, **options)
+
+
+def pixels_of(sd: StableDiffusion, latents: Tensor) -> tuple[int, int]:
+    """Width and height of the pictures that latents, (B, C, h, w), stand for."""
+    height, width = (side * sd.vae.config.downscale for side in latents.shape[2:])
+    return width, height
 
 
 @torch.no_grad()

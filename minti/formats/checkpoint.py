@@ -17,9 +17,9 @@ from torch import nn
 from ..errors import InputError, check_number
 from ..model.bert import BertConfig, BertTextModel
 from ..model.clip import CLIPTextModel
-from ..model.conditioning import TwoTextEncoders
 from ..model.config import TextConfig
 from ..model.diffusion import Schedule
+from ..model.sdxl import TwoTextEncoders
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import Tokenizer
 from ..model.unet import UNet

@@ -77,7 +77,7 @@ class Inversion:
         # float16 has so small a range that gradients vanish unless the loss is scaled up (arXiv 1710.03740).
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
         self._watch = DivergenceWatch(self._parameters, self.rows)
-        sd.inpainting_channels(self.words[0].latents.mean[:1])  # computed once, while the VAE is at hand
+        sd.unet_input(self.words[0].latents.mean[:1])  # computed once, while the VAE is at hand
 
         def loss(*inputs: Tensor) -> Tensor:
             return diffusion_loss(sd, *inputs)

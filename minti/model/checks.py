@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -20,13 +21,13 @@ def encoder_of(width: int) -> str:
 
 def check_options(prompts: Sequence[str], seeds: Sequence[int], options: Mapping[str, object]) -> None:
     """Raise InputError unless these can be options of `StableDiffusion.denoise`."""
-    for prompt in prompts:
+    for prompt in (*prompts, options.get("negative_prompt") or ""):
         if not isinstance(prompt, str):
             raise InputError(f"prompt {prompt!r}: should be text, or a list of texts")
     for seed in seeds:
         check_number("seed", seed, int, 0, 2**64 - 1)
     check_number("steps", options["steps"], int, 1)
-    check_number("guidance_scale", options["guidance_scale"], float, 0, 1e6)
+    check_number("guidance_scale", options.get("guidance_scale", 1), float, 0, 1e6)
     check_number("eta", options["eta"], float, 0, 1)
 
 
@@ -63,22 +64,31 @@ def check_width(word: LearnedWord, own: int) -> None:
         )
 
 
-def check_output(output: Tensor, what: str, modules: Mapping[str, nn.Module], source: str) -> None:
+class Model(Protocol):
+    """What the checks need to know of a `StableDiffusion`."""
+
+    source: str
+    text_encoder: nn.Module
+    unet: nn.Module
+    vae: nn.Module
+
+
+def check_output(output: Tensor, what: str, model: Model) -> None:
     """Raise InputError if an output is not finite, because of a weight or of an overflow.
 
     The weights are looked at only then: when they are loaded, it would take seconds.
     """
     if not output.isfinite().all():
-        check_weights(modules, source)
+        check_weights(model)
         dtype = str(output.dtype).removeprefix("torch.")
-        raise InputError(f"{source}: the {what} overflows in {dtype}; use --dtype bfloat16 or float32")
+        raise InputError(f"{model.source}: the {what} overflows in {dtype}; use --dtype bfloat16 or float32")
 
 
-def check_weights(modules: Mapping[str, nn.Module], source: str) -> None:
+def check_weights(model: Model) -> None:
     """Raise InputError with the name of a weight that is NaN or infinite, be it only in this dtype."""
-    for part, module in modules.items():
-        for name, weight in module.named_parameters():
+    for part in ("text_encoder", "unet", "vae"):
+        for name, weight in getattr(model, part).named_parameters():
             if not weight.isfinite().all():
                 dtype = str(weight.dtype).removeprefix("torch.")
                 remedy = "use another --dtype, or download it again"
-                raise InputError(f"{source}: {part} {name} holds NaN or infinity as {dtype}; {remedy}")
+                raise InputError(f"{model.source}: {part} {name} holds NaN or infinity as {dtype}; {remedy}")

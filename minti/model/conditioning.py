@@ -1,10 +1,4 @@
-"""What the UNet is told beside the time step, and the two text encoders of SDXL (arXiv 2307.01952).
-
-Most models have one text encoder, whose output is all that the UNet attends to. SDXL has two, side by side:
-the UNet attends to both outputs, one beside the other, and is also told, by way of the time embedding, a
-summary of the prompt and six numbers: the size of the photo, where it was cropped, and the size of the
-result. Either kind turns token ids into a `TextOutput`, and the rest of minti does not tell them apart.
-"""
+"""What the UNet is told of the prompts: several at once, negative ones, and long ones in parts."""
 
 from __future__ import annotations
 
@@ -13,14 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import InputError
-from .blocks import TimeEmbedding, timestep_embedding
-from .clip import CLIPTextModel, TextOutput, first_end
 from .tokenizer import Tokenizer
-from .vae import VAE
+from .unet import UNet
 
 
 class Conditioning(NamedTuple):
@@ -38,36 +28,16 @@ class Conditioning(NamedTuple):
         """Let SDXL see zeros in the place of a prompt and its summary."""
         self.context[index], self.added[0][index] = 0, 0
 
+    def time_shifts(self, unet: UNet, times: Sequence[int]) -> dict[int, Tensor]:
+        """What `UNet.embed_time` gives for each of some time steps, computed for all of them at once.
 
-class AddedEmbedding(TimeEmbedding):
-    """What SDXL adds to the embedding of the time step."""
-
-    def forward(self, added: tuple[Tensor, ...] | None) -> Tensor:
-        """Pooled text (N, P), and sizes and crops in pixels (N, 6), to (N, time_dim).
-
-        Raises:
-            InputError: they are not given.
+        Returns:
+            time step -> (1, ...), or (B, ...) for SDXL, where it depends on the prompt.
         """
-        if added is None:
-            raise InputError(
-                "this UNet has SDXL's add_embedding: it also needs pooled text, sizes and crops (`added`)"
-            )
-        pooled, sizes = added
-        width = (self.linear_1.in_features - pooled.shape[1]) // sizes.shape[1]  # 256 in SDXL
-        sizes = timestep_embedding(sizes.flatten(), width)  # (N, 6) -> (6N, width)
-        sizes = sizes.view(len(pooled), -1).to(self.linear_1.weight.dtype)  # (6N, width) -> (N, 6*width)
-        return super().forward(torch.cat([pooled, sizes], dim=-1))
-
-
-def blank_canvas(vae: VAE, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What an inpainting UNet sees beside latents x, (1, C, h, w), where everything is to be painted.
-
-    Returns:
-        (1, 1 + C, h, w): a mask of ones, and the latents of a grey picture.
-    """
-    height, width = (side * vae.config.downscale for side in x.shape[2:])
-    grey = vae.encode(torch.zeros(1, 3, height, width, device=x.device, dtype=vae.dtype)).mean
-    return F.pad(grey.to(dtype) * vae.config.scaling_factor, (0, 0, 0, 0, 1, 0), value=1)
+        rows = 1 if self.added is None else len(self.context)
+        added = self.added and tuple(condition.repeat(len(times), 1) for condition in self.added)
+        t = torch.tensor(times, device=self.context.device).repeat_interleave(rows)
+        return dict(zip(times, unet.embed_time(t, added).split(rows), strict=True))
 
 
 def encode_parts(tokenizer: Tokenizer, prompt: str, in_parts: bool = True) -> Tensor:
@@ -113,57 +83,29 @@ def join_parts(each: Conditioning, counts: Sequence[int]) -> Conditioning:
 
 def encode_each(
     texts: Sequence[str | None],
-    tokenize: Callable[[str], Tensor],
-    condition: Callable[[Tensor], Conditioning],
+    tokenizer: Tokenizer,
+    condition: Callable[[Tensor, Tensor], Conditioning],
+    size: tuple[int, int],
     *,
     zero_empty: bool,
+    long_prompts: bool = False,
+    size_condition: Sequence[int] | None = None,
 ) -> Conditioning:
     """Conditions of each of some prompts, None for no prompt. Every different prompt is encoded once.
 
     Args:
-        tokenize: a prompt -> the (n, 77) ids of its parts.
-        condition: (N, 77) ids -> their conditions.
+        condition: `StableDiffusion.condition`.
+        size: width and height of the pictures, in pixels.
         zero_empty: see `StableDiffusion.zero_empty_prompt`.
+        long_prompts: encode prompts of more than 75 tokens in parts, instead of cutting them off.
+        size_condition: for SDXL, the crop that the pictures should look like, in pixels: height and width of
+            the original, top and left of the crop, its height and width; by default all of `size`.
     """
-    different = list(dict.fromkeys(texts))
-    parts = [tokenize(text or "") for text in different]
-    each = join_parts(condition(torch.cat(parts)), [len(part) for part in parts])
+    different, (width, height) = list(dict.fromkeys(texts)), size
+    parts = [encode_parts(tokenizer, text or "", long_prompts) for text in different]
+    ids = torch.cat(parts)
+    sizes = torch.tensor([size_condition or (height, width, 0, 0, height, width)]).expand(len(ids), -1)
+    each = join_parts(condition(ids, sizes), [len(part) for part in parts])
     if zero_empty and None in different:
         each.clear(different.index(None))
     return each.take([different.index(text) for text in texts])
-
-
-class TwoTextEncoders(nn.Module):
-    """SDXL's text side: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 read the same prompt.
-
-    Both have the same vocabulary, but fill up short prompts with different tokens, which the UNet sees. The
-    rows of a learned word have one part for each encoder, (num_vectors, D1 + D2), as the context has.
-
-    Args:
-        text_encoder, text_encoder_2: the second has a text projection.
-        pad_2: the id that fills up prompts of the second encoder; the first takes them as they come.
-
-    Attributes:
-        context_layer: the layer of both that becomes the context, counted from the end.
-    """
-
-    def __init__(self, text_encoder: CLIPTextModel, text_encoder_2: CLIPTextModel, pad_2: int) -> None:
-        super().__init__()
-        self.text_encoder, self.text_encoder_2, self.pad_2 = text_encoder, text_encoder_2, pad_2
-        self.context_layer = 2
-        width = text_encoder.config.hidden_size
-        text_encoder_2.token_embedding.columns = slice(width, width + text_encoder_2.config.hidden_size)
-
-    def forward(self, ids: Tensor) -> TextOutput:
-        """Encode token ids, (B, 77) int64, as the first encoder's tokenizer gives them.
-
-        Returns:
-            context (B, 77, D1 + D2): the last layer but one of either encoder, or another `context_layer`,
-                without final normalisation;
-            pooled (B, P): the projected output of the second encoder at the end token.
-        """
-        end = first_end(ids, self.text_encoder.config.eos_token_id)  # (B,)
-        behind = torch.arange(ids.shape[1], device=ids.device) > end[:, None]  # (B, 77)
-        first, second = self.text_encoder(ids), self.text_encoder_2(ids.masked_fill(behind, self.pad_2))
-        context = torch.cat([text.hidden_states[-self.context_layer] for text in (first, second)], dim=-1)
-        return TextOutput(context, pooled=second.pooled)

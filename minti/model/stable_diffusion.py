@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +11,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import check_number
-from .checks import check_options, check_output, check_size, check_weights, check_width
-from .conditioning import Conditioning, blank_canvas, encode_each, encode_parts
+from .canvas import BlankCanvas
+from .checks import check_options, check_output, check_size, check_width
+from .conditioning import Conditioning, encode_each
 from .diffusion import Schedule
 from .embedding import LearnedWord, TokenEmbedding
-from .kernels import compile_for
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
+
+Predict = Callable[[Tensor, int], Tensor]
+"""(x_t, t) -> the UNet's output for noisy latents, (B, C, h, w) float32."""
 
 
 @dataclass
@@ -35,7 +38,9 @@ class StableDiffusion:
     schedule: Schedule
     source: str = "the checkpoint"  # where it was loaded from, for messages
     zero_empty_prompt: bool = False  # was trained with zeros for no prompt, instead of the prompt ""
-    _canvas: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.canvas = BlankCanvas(self.unet, self.vae)
 
     @property
     def device(self) -> torch.device:
@@ -94,10 +99,6 @@ class StableDiffusion:
             table.words.append(rows)
         return rows
 
-    def compile(self) -> None:
-        """Make sampling faster, after a first step that takes minutes."""
-        self.unet.denoise = compile_for(self.device, self.unet.denoise)
-
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to what the UNet attends to, (B, 77, D)."""
@@ -105,16 +106,10 @@ class StableDiffusion:
 
     def condition(self, ids: Tensor, sizes: Tensor) -> Conditioning:
         """What the UNet is told of token ids, (B, 77), and of sizes and crops, (B, 6)."""
-        text = self.text_encoder(ids)
-        return Conditioning(text.context, None if self.unet.add_embedding is None else (text.pooled, sizes))
-
-    def check_weights(self) -> None:
-        """Raise InputError with the name of a weight that is NaN or infinite, be it only in this dtype."""
-        check_weights(self._modules, self.source)
-
-    @property
-    def _modules(self) -> dict[str, nn.Module]:
-        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+        text = self.text_encoder(ids.to(self.device))
+        if self.unet.add_embedding is None:
+            return Conditioning(text.context)
+        return Conditioning(text.context, (text.pooled, sizes.to(self.device)))
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
@@ -126,7 +121,7 @@ class StableDiffusion:
         z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         # Few at a time: for a large picture the decoder takes more memory than everything before it.
         pixels = torch.cat([self.vae.decode(part) for part in z.split(max(1, 64**2 // z[0, 0].numel()))])
-        check_output(pixels, "autoencoder", self._modules, self.source)
+        check_output(pixels, "autoencoder", self)
         array = pixels.float().div(2).add(0.5).clamp(0, 1).mul(255).round().byte()
         array = array.permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
         return [Image.fromarray(pixels) for pixels in array]
@@ -135,38 +130,26 @@ class StableDiffusion:
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | None = None,
-        steps: int = 50,
-        guidance_scale: float = 7.5,
-        eta: float = 0.0,
         seed: int = 0,
         num_images: int = 1,
         batch_size: int = 4,
-        size: int | tuple[int, int] | None = None,
-        long_prompts: bool = False,
+        **options: Any,
     ) -> list[Image.Image]:
         """Make pictures, `num_images` of each prompt, in order. Image i of each prompt has seed `seed + i`.
 
         Args:
             prompt: one prompt or several.
-            negative_prompt: what to steer away from, instead of from no prompt.
-            steps: DDIM steps.
-            guidance_scale: 1 is the model as it is; more follows the prompt closer (see `denoise`).
-            eta: 0 is deterministic, 1 has the noise of DDPM.
             batch_size: pictures made at a time; changes memory and speed, not the pictures.
-            size: pixels, or (width, height), multiples of 8; by default what the model was trained on.
-            long_prompts: encode prompts of more than 75 tokens in parts, instead of cutting them off.
+            options: `steps`, `guidance_scale`, `negative_prompt`, `size` and others of `denoise`.
 
         Returns:
             List of pictures in RGB.
         """
         check_number("num_images", num_images, int, 1)
         check_number("seed", seed, int, 0)
-        options = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "size": size}
-        options |= {"long_prompts": long_prompts}
         prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
         each = [(p, seed + i) for p in prompts for i in range(num_images)]
-        return list(self.sample_each(each, negative_prompt=negative_prompt, batch_size=batch_size, **options))
+        return list(self.sample_each(each, batch_size=batch_size, **options))
 
     def sample_each(
         self,
@@ -197,74 +180,82 @@ class StableDiffusion:
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        negative_prompt: str | None = None,
         steps: int = 50,
-        guidance_scale: float = 7.5,
         eta: float = 0.0,
         size: int | tuple[int, int] | None = None,
-        size_condition: Sequence[int] | None = None,
-        long_prompts: bool = False,
-        x_T: Tensor | None = None,
-        beside: Sequence[Tensor] | None = None,
-        sampler: Callable[[Callable[[Tensor, int], Tensor], Tensor], Iterator[Tensor]] | None = None,
+        sampler: Callable[[Predict, Tensor], Iterator[Tensor]] | None = None,
+        **guidance: Any,
     ) -> Iterator[Tensor]:
         """Turn noise into latents, one picture for each prompt and its seed, yielding every x_t on the way.
 
-        With a guidance scale w above 1 the UNet is asked twice, in one batch, with the prompt and without,
-        and eps = eps_without + w (eps_with - eps_without): classifier-free guidance (arXiv 2207.12598).
-
         Args:
-            size_condition: for SDXL, the crop that the pictures should look like, in pixels: height and width
-                of the original, top and left of the crop, its height and width; by default all of `size`.
-            x_T: (B, C, h, w) float32 noise to start from, instead of that of the seeds.
-            beside: what an inpainting UNet sees beside x_t, instead of `inpainting_channels`.
-            sampler: (predict, x_T) -> every x_t, instead of `Schedule.ddim_sample`. Others as in `sample`.
+            steps: how many DDIM steps to take.
+            eta: 0 is deterministic, 1 has the noise of DDPM.
+            size: pixels, or (width, height), multiples of 8; by default what the model was trained on.
+            sampler: another way from noise to picture than `Schedule.ddim_sample`. It is given the output of
+                `guided` and the noise x_T, (B, C, h, w) float32, and yields every x_t.
+            guidance: `guidance_scale`, `negative_prompt` and others of `guided`.
 
         Yields:
             (B, C, h, w) float32, `steps` times; the last are the finished latents.
 
         Raises:
-            InputError: the size does not fit; or the UNet's first output is not finite.
+            InputError: an option is impossible; or the UNet's first output is not finite.
         """
-        options = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
-        check_options([*prompts, negative_prompt or ""], seeds, options)
-        width, height = self.check_size(size)
-        f, device = self.vae.config.downscale, self.device
+        check_options(prompts, seeds, {"steps": steps, "eta": eta, **guidance})
+        (width, height), f = self.check_size(size), self.vae.config.downscale
         shape = (1, self.vae.config.latent_channels, height // f, width // f)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        x_T = torch.cat([torch.randn(shape, generator=g) for g in generators]) if x_T is None else x_T
-        x_T = x_T.to(device)
+        x_T = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+        times = [t for t, _ in self.schedule.timesteps(steps)]
+        predict = self.guided(prompts, times, (width, height), **guidance)
+        if sampler is None:
+            yield from self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
+        else:
+            yield from sampler(predict, x_T)
+
+    def guided(
+        self,
+        prompts: Sequence[str],
+        times: Sequence[int],
+        size: tuple[int, int],
+        *,
+        negative_prompt: str | None = None,
+        guidance_scale: float = 7.5,
+        **conditions: Any,
+    ) -> Predict:
+        """The UNet's output for prompts with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+
+        With a guidance scale w above 1 the UNet is asked twice, in one batch, with the prompt and without,
+        and eps = eps_without + w (eps_with - eps_without).
+
+        Args:
+            prompts: one for each picture.
+            times: the time steps that it will be asked at.
+            size: width and height of the pictures, in pixels.
+            negative_prompt: what to steer away from, instead of from no prompt.
+            guidance_scale: 1 is the model as it is; more follows the prompt closer.
+            conditions: further options of `encode_each`, such as `long_prompts`.
+        """
         guided = guidance_scale > 1
         texts = [negative_prompt] * len(prompts) + list(prompts) if guided else list(prompts)
-        sizes = torch.tensor([size_condition or (height, width, 0, 0, height, width)], device=device)
-        context, added = encode_each(
-            texts,
-            lambda text: encode_parts(self.tokenizer, text, long_prompts).to(device),
-            lambda ids: self.condition(ids, sizes.expand(len(ids), -1)),
-            zero_empty=self.zero_empty_prompt,
-        )
-        # All that depends on the prompts or on the time, for all steps at once.
-        context_kv = self.unet.embed_context(context)
-        times = [t for t, _ in self.schedule.timesteps(steps)]
-        rows = 1 if added is None else len(texts)  # of time_shifts at each step
-        added = added and tuple(condition.repeat(steps, 1) for condition in added)
-        t = torch.tensor(times, device=device).repeat_interleave(rows)
-        time_shifts = dict(zip(times, self.unet.embed_time(t, added).split(rows), strict=True))
-        extra = self.inpainting_channels(x_T) if beside is None else beside
+        how = {"zero_empty": self.zero_empty_prompt, **conditions}
+        conditioning = encode_each(texts, self.tokenizer, self.condition, size, **how)
+        # All that depends on the prompts or on the time, but not on x_t.
+        context_kv = self.unet.embed_context(conditioning.context)
+        time_shifts = conditioning.time_shifts(self.unet, times)
 
         def predict(x_t: Tensor, t: int) -> Tensor:
-            x = torch.cat([x_t.to(self.dtype), *extra], dim=1)
-            x = torch.cat([x, x]) if guided else x
-            output = self.unet.denoise(x, time_shifts[t], context_kv)
+            x = self.unet_input(x_t)
+            output = self.unet.denoise(torch.cat([x, x]) if guided else x, time_shifts[t], context_kv)
             if t == times[0]:
-                check_output(output, "UNet", self._modules, self.source)
+                check_output(output, "UNet", self)
             if not guided:
                 return output.float()
             without, with_prompt = output.float().chunk(2)
             return without + guidance_scale * (with_prompt - without)
 
-        ddim = self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
-        yield from sampler(predict, x_T) if sampler else ddim
+        return predict
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's output for noisy latents.
@@ -277,17 +268,11 @@ class StableDiffusion:
         Returns:
             (B, C, h, w) float32: eps, v or x0, see `Schedule.target`.
         """
-        x = torch.cat([x_t.to(self.dtype), *self.inpainting_channels(x_t)], dim=1)
-        return self.unet(x, t, *conditioning).float()
+        return self.unet(self.unet_input(x_t), t, *conditioning).float()
 
-    @torch.no_grad()
-    def inpainting_channels(self, x: Tensor) -> list[Tensor]:
-        """What the UNet sees beside noisy latents x, (B, C, h, w): nothing, unless it was made to inpaint."""
-        if self.unet.config.in_channels == x.shape[1]:
-            return []
-        if x.shape[2:] not in self._canvas:
-            self._canvas[x.shape[2:]] = blank_canvas(self.vae, x[:1], self.dtype)
-        return [self._canvas[x.shape[2:]].expand(len(x), -1, -1, -1)]
+    def unet_input(self, x_t: Tensor) -> Tensor:
+        """Noisy latents in the model's dtype, with a canvas beside them where the UNet is for inpainting."""
+        return self.canvas.beside(x_t.to(self.dtype))
 
     def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """(width, height) in pixels, filled in and checked. Raises InputError unless multiples of 8."""

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import fused_linear
 from .blocks import Downsample, ResnetBlock, SpatialTransformer, TimeEmbedding, Upsample, timestep_embedding
-from .conditioning import AddedEmbedding
 from .config import UNetConfig
+from .sdxl import AddedEmbedding
 
 
 class UNetBlock(nn.Module):

@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..judge.picture_jobs import Protocol
 from ..judge.results import score_table
 from ..judge.scorer import Scorer, choose_clip
+from ..model.checks import check_weights
 from ..version import __version__
 from .answers import read_answers
 from .classifier import Judge
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with processes.joined(for_barriers=True):
         args.device = processes.device(args.device)
         sd = load_model(args)
-        sd.check_weights()
+        check_weights(sd)
         scorer = Scorer.load(args.clip, device=sd.device, tokenizer=args.clip_tokenizer)
         judge = Judge.load(Path(args.checkpoint))
         study = Study(plan, sd, scorer, judge, Path(args.out), compiled=args.compile)

@@ -22,6 +22,7 @@ from ..formats.photos import load_photos
 from ..judge.benchmark import Benchmark, with_tradeoffs, word_jobs
 from ..judge.picture_jobs import PictureJob, PictureStore, make_all, models_of
 from ..judge.scorer import Scorer
+from ..model import kernels
 from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
 from .answers import People
@@ -120,7 +121,7 @@ class Study:
             names[variant] = f"<{variant.concept.name}#{len(names)}>"
             self.sd.add_concept(Concept(names[variant], self.words[variant].vectors))
         if self.compiled:
-            self.sd.compile()
+            kernels.compile_denoiser(self.sd.unet)
         self.jobs = [self._jobs_for(r, names[r.variant] if r.variant else r.text) for r in self.plan.requests]
         every = [job for of_request in self.jobs for job in of_request.values()]
         make_all(every, self.measure, self.store, processes, self.plan.protocol.steps)

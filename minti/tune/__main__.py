@@ -24,6 +24,7 @@ from ..formats.views import CROPS
 from ..inversion.batches import Word
 from ..inversion.divergence import Diverged
 from ..inversion.templates import load_templates
+from ..model.checks import check_weights
 from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
 from ..runs.folder import STATE, read_state
@@ -136,7 +137,7 @@ def tune(args: argparse.Namespace, folder: WorkFolder) -> bool:
     state = read_state(folder.path / STATE) if args.resume else {}
     with out_of_memory("the weights do not fit; --dtype bfloat16 needs half as much"):
         sd, concepts = load_model_with_words(args)
-    sd.check_weights()
+    check_weights(sd)
     sd.schedule.timesteps(args.sample_steps)
     sd.unet.gradient_checkpointing = args.gradient_checkpointing
     check_memory(sd, args)

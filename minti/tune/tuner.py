@@ -109,7 +109,7 @@ class Tuner:
         self._masters, how = masters, {"lr": settings.lr, "weight_decay": settings.weight_decay}
         self.optimizer = torch.optim.AdamW(masters, **how)
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
-        sd.inpainting_channels(instance.latents.mean[:1])  # computed once, outside of the compiled graph
+        sd.unet_input(instance.latents.mean[:1])  # computed once, outside of the compiled graph
 
         def loss(*inputs: Tensor) -> Tensor:
             return diffusion_loss(sd, *inputs)

@@ -61,7 +61,7 @@ class Sampling:
         self.job = job
         self.sd = _load(job)
         if compiled:
-            self.sd.compile()
+            kernels.compile_denoiser(self.sd.unet)
 
     def latents(self) -> Tensor:
         seeds = range(self.job.batch_size)

@@ -6,6 +6,6 @@ and `choice.py` decides which one computes. Only the first two need Triton, so t
 """
 
 from .choice import METHODS, scaled_dot_product_attention, use
-from .graph import compile_for
+from .graph import compile_denoiser, compile_for
 
-__all__ = ["METHODS", "compile_for", "scaled_dot_product_attention", "use"]
+__all__ = ["METHODS", "compile_denoiser", "compile_for", "scaled_dot_product_attention", "use"]
