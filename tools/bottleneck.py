@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None) -> None:
         raise InputError(f"--concept {args.concept}: {args.concepts} has {', '.join(concepts)}")
     concept = concepts[args.concept]
     sd = minti.load(args.checkpoint, device=args.device)
-    if sd.unet.add_embedding is not None or sd.inpainting_channels(torch.zeros(1, 4, 8, 8)):
+    if sd.unet.add_embedding is not None or sd.unet.config.in_channels != 4:
         raise InputError(f"{args.checkpoint}: works with plain text-to-image models, not SDXL or inpainting")
     judge = Judge.load(args.checkpoint)
     photos = load_photos(concept.images)
