@@ -27,6 +27,7 @@ BESIDE = {
     "model/checks.py": "refuses impossible input",
     "model/config_checks.py": "refuses impossible configs",
     "model/model_hash.py": "recognises a model",
+    "model/placeholders.py": "refuses impossible placeholders, and prompts that are too long",
     "model/tiles.py": "decodes large pictures",
     "model/bert.py": "another text encoder",
     "model/wordpiece.py": "its tokenizer",

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..formats.reading import check_regular
-from ..model.tokenizer import Tokenizer, clean, words_pattern
+from ..model.placeholders import words_pattern
+from ..model.tokenizer import Tokenizer, clean
 
 PROMPTS = Path(__file__).parent / "prompt_lists"
 

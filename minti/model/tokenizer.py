@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import html
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
@@ -25,8 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-
-log = logging.getLogger(__name__)
+from .placeholders import check_cut, check_placeholder, words_pattern
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PROMPT_LENGTH = 77  # tokens, with start and end
@@ -85,17 +83,6 @@ def merge(parts: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[st
                 joined.append(part)
         parts = joined
     return parts
-
-
-def words_pattern(words: Iterable[str]) -> regex.Pattern[str]:
-    """Where any of some cleaned placeholder words stands in a cleaned text, as a group."""
-
-    def bounded(word: str) -> str:
-        before = r"(?<![\p{L}\p{N}])" if word[0].isalnum() else ""
-        after = r"(?![\p{L}\p{N}])" if word[-1].isalnum() else ""
-        return before + regex.escape(word) + after
-
-    return regex.compile("(" + "|".join(map(bounded, sorted(words, key=len, reverse=True))) + ")")
 
 
 class Tokenizer:
@@ -169,12 +156,7 @@ class Tokenizer:
         if not key:
             raise InputError(f"placeholder {word!r} is empty; choose something like <toy>")
         if not replace:
-            if key in self.placeholders:
-                raise InputError(f"placeholder {word!r} is in use already; rename one of the two")
-            ids_now = self.encode(key) if any(c.isalnum() for c in key) else []
-            if key in (START, END) or (len(ids_now) == 1 and ids_now != [self.unknown_id]):
-                why = "is a word the model knows and would lose its meaning"
-                raise InputError(f"placeholder {word!r} {why}; choose another, such as <{key}>")
+            check_placeholder(word, key, self.encode(key), self.placeholders, self.unknown_id)
         self.placeholders = self.placeholders | {key: ids}
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
@@ -212,23 +194,14 @@ class Tokenizer:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return torch.stack([self._prompt_ids(prompt) for prompt in prompts])
 
+    def _encode_prompt(self, prompt: str) -> Tensor:
+        pieces, room = list(self.pieces(prompt)), self.max_length - 2
+        ids = [i for _, ids in pieces for i in ids]
+        if len(ids) > room:
+            check_cut(prompt, pieces, room, self.placeholders)
+        return self.frame(ids[:room])
+
     def frame(self, ids: Sequence[int]) -> Tensor:
         """The row of 77 ids for up to 75 ids of words."""
         ids = [self.start_id, *ids, self.end_id]
         return torch.tensor(ids + [self.pad_id] * (self.max_length - len(ids)))
-
-    def _encode_prompt(self, prompt: str) -> Tensor:
-        ids, lost, room = [], [], self.max_length - 2
-        for word, word_ids in self.pieces(prompt):
-            if len(ids) + len(word_ids) > room:
-                if word in self.placeholders:
-                    why = f"with its {len(word_ids)} vectors does not fit into the {room} tokens of a prompt"
-                    remedy = f"shorten the text before it, or sample with long_prompts: {prompt[:60]!r}"
-                    raise InputError(f"{word!r} {why}; {remedy}")
-                lost.append(word)
-            ids += word_ids
-        if lost:
-            cut = " ".join(lost)
-            cut = cut if len(cut) <= 200 else f"{cut[:200]}..."
-            log.warning("a prompt has %d tokens at most; cut off: %r", room, cut)
-        return self.frame(ids[:room])
