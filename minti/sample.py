@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .cli.command import run_command
 from .cli.images import COLUMNS, encode_png, image_grid, thumbnails
@@ -21,6 +21,9 @@ from .cli.model_options import laid_over, load_model_with_words
 from .cli.options import Options, number, size
 from .cli.progress import Progress
 from .cli.work_folder import WorkFolder
+from .edit.clip_guidance import ClipGuidance
+from .edit.inverting import encode_mean
+from .edit.region import as_tensor
 from .errors import InputError
 from .formats.atomic import write_atomically
 from .formats.concept import Concept
@@ -35,6 +38,7 @@ from .version import __version__
 log = logging.getLogger(__name__)
 
 MAY_DIFFER = ("out", "device", "batch_size", "compile", "attention")  # when sampling is continued
+RIVAL = ("init_image", "strength", "clip_guidance")
 MOST_PICTURES = 1_000_000  # made by one command
 GRID_LINES, GRID_SIDE = 16, 512  # of a sheet: lines of pictures, and the longer side of each in pixels
 
@@ -62,6 +66,13 @@ def options() -> Options:
     opts.add(group, "--guidance-scale", 7.5, type=number(float, 0), help="how closely to follow the prompt")
     opts.add(group, "--eta", 0.0, type=number(float, 0, 1), help="0: deterministic, 1: as noisy as DDPM")
     opts.add(group, "--batch-size", 4, type=number(int, 1, 10_000), help="pictures at a time")
+    group = "from a picture, and a rival"
+    text = "picture to start from, instead of from noise alone"
+    opts.add(group, "--init-image", metavar="PATH", help=text)
+    text = "share of the steps that is walked from it; at 1 nothing of it is left"
+    opts.add(group, "--strength", 0.75, type=number(float, 0, 1), help=text)
+    text = "let CLIP bend every step towards the prompt, so strongly (CLIP-guided diffusion)"
+    opts.add(group, "--clip-guidance", 0.0, type=number(float, 0, 1e6), metavar="SCALE", help=text)
     group = "what SDXL is told beside the prompt"
     text = "of a photo that pictures should look like; by default --size"
     opts.add(group, "--original-size", type=size, metavar="PX|WxH", help=text)
@@ -94,6 +105,27 @@ def size_condition(args: argparse.Namespace, sd: StableDiffusion) -> tuple[int, 
     size = sd.check_size(args.size)
     original, (left, top), target = sides[0] or size, sides[1] or (0, 0), sides[2] or size
     return (*original[::-1], top, left, *target[::-1])
+
+
+def own_sampler(
+    args: argparse.Namespace,
+    sd: StableDiffusion,
+    seeds: Sequence[int],
+    scorer: Scorer | None,
+    texts: Sequence[str],
+) -> ClipGuidance | None:
+    """What samples instead of DDIM if the options ask for it; `texts` are what CLIP compares with."""
+    if args.init_image is None and not args.clip_guidance:
+        return None
+    if args.eta:
+        raise InputError("--eta: should be 0 with --init-image or --clip-guidance; leave it out")
+    z0 = None
+    if args.init_image is not None:
+        image = ImageOps.fit(open_image(Path(args.init_image)), sd.check_size(args.size))
+        z0 = encode_mean(sd, as_tensor(image))
+    embedded = scorer.embed_texts(texts) if args.clip_guidance else None
+    how = {"scale": args.clip_guidance, "z0": z0, "strength": args.strength}
+    return ClipGuidance(sd, args.sample_steps, seeds, scorer, embedded, **how)
 
 
 @dataclass(frozen=True)
@@ -190,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         todo = [c for c in planned if not (begun and any((out / p.file).exists() for p in c))]
         sd, concepts = load(args)
         scorer, texts = None, {}
-        if args.rank_by_clip > 1:
+        if args.rank_by_clip > 1 or args.clip_guidance:
             texts = {prompt: ranking_text(prompt, sd.tokenizer.placeholders) for prompt in args.prompt}
             clip = choose_clip(args.clip, args.checkpoint)
             scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
@@ -202,14 +234,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = {**how, **size, **laid_over(args), "checkpoint": args.checkpoint, "dtype": args.dtype}
         learned = {word: concept.digest for word, concept in concepts.items()}
         each = [(p.prompt, p.seed) for candidates in todo for p in candidates]
-        progress = Progress(-(-len(each) // args.batch_size) * args.sample_steps, "step")
-        images = sd.sample_each(
-            each, batch_size=args.batch_size, on_step=progress.step, size=args.size, **how
-        )
+        seeds = [seed for _, seed in each]
+        sampler = own_sampler(args, sd, seeds, scorer, [texts.get(prompt, "") for prompt, _ in each])
+        settings |= {key: getattr(args, key) for key in RIVAL} if sampler else {}
+        steps = len(sampler.path) if sampler else args.sample_steps
+        progress = Progress(-(-len(each) // args.batch_size) * steps, "step")
+        how |= {"size": args.size, "batch_size": args.batch_size, "sampler": sampler}
+        images = sd.sample_each(each, on_step=progress.step, **how)
         try:
             for candidates in todo:
                 group, chosen, text = list(islice(images, len(candidates))), 0, {}
-                if scorer:
+                if args.rank_by_clip > 1:
                     chosen, cosine = closest(scorer, texts[candidates[0].prompt], group)
                     text = {"clip": f"{cosine:.4f}, best of {len(group)}"}
                 picture = candidates[chosen]

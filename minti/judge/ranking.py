@@ -19,7 +19,7 @@ def ranking_text(prompt: str, learned_words: Iterable[str]) -> str:
     """
     text = replace_words(prompt, learned_words)
     if not any(c.isalnum() for c in text):
-        raise InputError(f"--rank-by-clip: {prompt!r} says nothing but the learned word; add to it")
+        raise InputError(f"{prompt!r} says nothing but the learned word, which CLIP does not know; add to it")
     return text
 
 
