@@ -38,8 +38,9 @@ from tools.make_tiny.probe import (
     single_scenes,
     special_example,
 )
-from tools.make_tiny.world import Scene
+from tools.make_tiny.world import STYLES, Scene
 
+LOOKS = {"small": "small", "large": "large", "close-up": "close-up", "weird": "tilted by up to 30 degrees"}
 GOALS = {"noun": 0.93, "color": 0.95, "pattern": 0.92, "background": 0.97, "style": 0.97}
 
 
@@ -190,6 +191,12 @@ def main(argv: Sequence[str] | None) -> None:
         with torch.no_grad():
             back = torch.cat([sd.vae.decode(sd.vae.encode(p).mean) for p in shown.split(50)])
         rows[f"the same after the autoencoder: {name}"] = shares(facts, probe.read(back))
+    varied = nameable_scenes(2000, 700_000)
+    groups = {style: [s for s in varied if s.style == style] for style in STYLES}
+    groups |= {name: [s for s in varied if s.look == look] for look, name in LOOKS.items()}
+    for name, scenes in groups.items():
+        read = probe.read(to_pixels(np.stack([render(s) for s in scenes])))
+        rows[f"probe on fresh renders: {name}"] = shares([facts_of(s) for s in scenes], read)
     with torch.no_grad():
         back = torch.cat([sd.vae.decode(sd.vae.encode(p).mean) for p in renders.split(50)])
     rows["probe after the autoencoder"] = shares([facts_of(s) for s in test], probe.read(back))
