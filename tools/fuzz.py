@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections import Counter
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run in a clon
 
 import torch
 
+from minti.cli.progress import Progress
 from minti.errors import InputError
 from tools.fuzzing.damage import damage
 from tools.fuzzing.guard import Guard, snapshot, work_done
@@ -62,9 +62,6 @@ class Limits:
     memory: float = 2.0
 
 
-# The good files, and one mutation of them ---
-
-
 def make_world(world: Path, kinds: Sequence[str]) -> None:
     """Make the good files of these kinds, and of those before them, which some of them need."""
     os.chdir(world)
@@ -86,13 +83,10 @@ def lay_out(world: Path, kind: str) -> None:
 
 
 def mutate(world: Path, seed: int, index: int, kind: str) -> Path:
-    """Lay out mutation `index` in the working directory, and return the path of what is damaged."""
+    """Lay out mutation `index` in the working directory. Returns the path of what is damaged."""
     lay_out(world, kind)
     others = sorted(path for path in world.rglob("*") if path.is_file() and path.stat().st_size < 2**16)
     return damage(Path(kind), others, random.Random(f"{seed}/{kind}/{index}"))
-
-
-# Reading ---
 
 
 def attempt(step: Callable[[], object]) -> tuple[str, str]:
@@ -138,9 +132,6 @@ def read(kind: str, path: Path, guard: Guard) -> tuple[str, str]:
     if changed := [name for name, value in before.items() if after.get(name) != value]:
         return "finding", f"the process has another {', '.join(changed)}"
     return max(results, key=lambda result: OUTCOMES.index(result[0]))
-
-
-# Processes ---
 
 
 def limit(limits: Limits) -> None:
@@ -267,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"), help="folder for findings")
     parser.add_argument("--replay", type=Path, metavar="FOLDER", help="read a finding again")
     args = parser.parse_args(argv)
-    out, start, home = args.out.absolute(), time.monotonic(), os.getcwd()
+    out, home = args.out.absolute(), os.getcwd()
     kept, outcomes = args.replay and args.replay.absolute(), []
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -282,17 +273,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not TRAINED.isdisjoint(kinds):
                 torch.optim.AdamW([torch.zeros(1)])  # imports much, once for all child processes
             jobs = [(i, kinds[i % len(kinds)]) for i in range(args.first, args.first + args.mutations)]
-            limits = Limits(args.seconds, args.memory)
+            limits, progress = Limits(args.seconds, args.memory), Progress(len(jobs), "mutation")
             while jobs:
                 done = run_batch(world, work, args.seed, jobs[:BATCH], limits)
                 jobs, outcomes = jobs[len(done) :], [*outcomes, *done]
                 for outcome in done:
+                    progress.step(outcome.kind)
                     if outcome.outcome == "finding":
                         path = keep(outcome, world, work, args.seed, out)
                         print(f"{path.name}: {outcome.text}", flush=True)
         finally:
             os.chdir(home)
-    print(table(outcomes), f"{time.monotonic() - start:.0f} s", sep="\n", flush=True)
+    print(table(outcomes), flush=True)
     return int(any(outcome.outcome == "finding" for outcome in outcomes))
 
 
