@@ -244,6 +244,25 @@ def test_what_a_run_writes_and_how_it_is_used(run: Callable, base: Path, tmp_pat
     assert "unet" in Image.open(pictures / "toy-0.png").text["settings"]
 
 
+@pytest.mark.parametrize("reason", ["memory", "file"])
+def test_a_preview_that_fails(
+    reason: str, run: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Costs the preview, and one warning; the weights are tuned to the end."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if reason == "memory":
+        monkeypatch.setattr(minti.StableDiffusion, "sample", fail)
+    else:
+        (run("--steps", "2") / "samples").write_text("")
+    out = run("--sample-every", "1", *(["--resume"] if reason == "file" else []))
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1 and "--sample-every 0 leaves them out" in warnings[0]
+    assert len((out / "log.csv").read_text().splitlines()) == 1 + STEPS
+
+
 @pytest.mark.parametrize("kind", [pivotal, dreambooth])
 def test_resuming_equals_going_on(
     kind: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from ..cli.command import is_out_of_memory
 from ..cli.images import encode_png, image_grid
 from ..cli.processes import Processes
 from ..cli.progress import Progress, peak_memory
@@ -29,6 +28,7 @@ from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
 from ..version import __version__
 from .folder import COLUMNS, STATE
+from .previews import previewing
 from .report import nearest_words, write_report
 from .run_word import RunWord, Watching, check_watching
 from .stop import Stop
@@ -253,26 +253,22 @@ class Trainer:
             return
         step, batch = self.inversion.step_count, self.settings.batch_size * len(self.words)
         try:
-            self.sd.vae.to(self.sd.device)
-            for word in words:
-                prompts = [text.replace("{}", word.word.placeholder) for text in self.watching.prompts]
-                how = {"steps": self.watching.sample_steps, "num_images": PREVIEWS, "size": self.size}
-                # With guidance the UNet sees every picture twice; without gradients that takes less memory
-                # than a step of training with the same batch.
-                images = self.sd.sample(prompts, batch_size=batch, **how)
-                text = json.dumps([text.replace("{}", word.placeholder) for text in self.watching.prompts])
-                content = encode_png(image_grid(images, PREVIEWS), {"prompts": text})
-                write_atomically(word.folder / "samples" / f"step-{step:06d}.png", content)
-        except (RuntimeError, MemoryError, OSError, InputError) as error:
-            if not isinstance(error, OSError | InputError) and not is_out_of_memory(error):
-                raise
-            reason = "out of memory" if is_out_of_memory(error) else str(error)
-            log.warning(
-                "no preview at step %d, and none later (%s); --sample-every 0 leaves them out", step, reason
-            )
-            self._previews = False
+            with previewing(step, self._stop_previews):
+                self.sd.vae.to(self.sd.device)
+                for word in words:
+                    prompts = [text.replace("{}", word.word.placeholder) for text in self.watching.prompts]
+                    how = {"steps": self.watching.sample_steps, "num_images": PREVIEWS, "size": self.size}
+                    # With guidance the UNet sees every picture twice; without gradients that takes less
+                    # memory than a step of training with the same batch.
+                    images = self.sd.sample(prompts, batch_size=batch, **how)
+                    shown = [text.replace("{}", word.placeholder) for text in self.watching.prompts]
+                    content = encode_png(image_grid(images, PREVIEWS), {"prompts": json.dumps(shown)})
+                    write_atomically(word.folder / "samples" / f"step-{step:06d}.png", content)
         finally:
             self.sd.vae.to("cpu")
+
+    def _stop_previews(self) -> None:
+        self._previews = False
 
     def save(self, *, resumable: bool = True) -> None:
         """Write words, logs and, last, the state from which `resume` continues; then the reports."""

@@ -20,6 +20,7 @@ from ..formats.atomic import replacing, write_atomically
 from ..formats.photos import Photo
 from ..model.stable_diffusion import StableDiffusion
 from ..runs.folder import STATE
+from ..runs.previews import previewing
 from ..runs.stop import Stop
 from .tuner import Tuner
 
@@ -76,6 +77,7 @@ class Run:
     ) -> None:
         self.args, self.tuner, self.checks, self.notes = args, tuner, checks, notes
         self.out, self.lines = Path(args.out), [COLUMNS]
+        self._previews = bool(args.sample_every)
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a saved state. Raises InputError if it is damaged or of something else."""
@@ -113,13 +115,21 @@ class Run:
         return tuner.step_count >= args.steps
 
     def preview(self, prompts: Sequence[str]) -> None:
-        """Make pictures of each of the prompts, always with the same seeds."""
-        if self.args.sample_every:
+        """Make pictures of each of the prompts, always with the same seeds.
+
+        If that fails, there is one warning, and no more previews.
+        """
+        if not self._previews:
+            return
+        with previewing(self.tuner.step_count, self._stop_previews):
             how = {"steps": self.args.sample_steps, "guidance_scale": self.args.guidance_scale}
             images = self.tuner.sd.sample(prompts, num_images=PREVIEWS, size=self.args.size, **how)
             path = self.out / "samples" / f"step-{self.tuner.step_count:06d}.png"
             text = {"prompts": json.dumps(list(prompts))}
             write_atomically(path, encode_png(image_grid(images, PREVIEWS), text))
+
+    def _stop_previews(self) -> None:
+        self._previews = False
 
     def save(self) -> None:
         """Write the tuned weights, the log, and last the state from which `resume` continues."""
