@@ -12,7 +12,6 @@ from .cli.options import Parser, number
 from .errors import InputError
 from .formats.atomic import remove_temporaries
 from .formats.concept import SUFFIXES, Concept, read_concepts, save_concepts
-from .model.checks import encoder_of
 from .model.tokenizer import clean
 from .version import __version__
 
@@ -75,12 +74,12 @@ def describe(path: Path) -> str:
     kind, concepts = read_concepts(path)
     lines = [f"{printable(str(path))}: {kind}"]
     for concept in concepts:
-        count, width = concept.vectors.shape
+        count = len(concept.vectors)
         noun = "vector" if count == 1 else "vectors"
         norms = ", ".join(f"{norm:.3g}" for norm in concept.vectors.norm(dim=1).tolist())
         word = printable(concept.placeholder)
         lines.append(
-            f"  '{word}': {count} {noun} for a {encoder_of(width)}, norm {norms}, hash {concept.digest}"
+            f"  '{word}': {count} {noun} for a {concept.encoder}, norm {norms}, hash {concept.digest}"
         )
         for key, value in sorted(concept.metadata.items()):
             text = printable(" ".join(value.split()))
@@ -114,7 +113,7 @@ def merged(files: Sequence[str], renames: Sequence[str], width: int | None) -> l
                 )
             origins[clean(new)] = file
             concepts.append(replace(concept, placeholder=new))
-            ours, first = (encoder_of(c.vectors.shape[1]) for c in (concept, concepts[0]))
+            ours, first = (c.encoder for c in (concept, concepts[0]))
             if ours != first:
                 raise InputError(
                     f"{file}: {old!r} was learned on a {ours}, the words before it on a {first}; words for "

@@ -104,7 +104,7 @@ def make_plan(
     if args.compile:
         kernels.compile_denoiser(sd.unet)
     scorer = Scorer.load(clip, device=sd.device, tokenizer=args.clip_tokenizer)
-    name = list_name(len(sd.vocabulary), style) if args.prompts == "auto" else args.prompts
+    name = list_name(len(sd.tables[0].weight), style) if args.prompts == "auto" else args.prompts
     prompts = choose_prompts(name, args.reconstruction_prompt)
     subjects = add_words(sd, words)
     subjects += [Subject(caption, "caption", caption) for caption in dict.fromkeys(args.caption)]

@@ -25,6 +25,7 @@ from .inversion.divergence import Diverged
 from .inversion.inversion import Inversion
 from .judge.scorer import Scorer, choose_clip
 from .model.checks import check_weights
+from .model.per_layer import TextEncoderPerLayer
 from .runs.folder import STATE, read_state, run_folder
 from .runs.options import (
     learning_settings,
@@ -76,6 +77,8 @@ def learn_words(
     if sd.device.type == "cuda":
         torch.cuda.set_device(sd.device)
     check_weights(sd)
+    if args.per_layer:
+        sd.text_encoder = TextEncoderPerLayer(sd.text_encoder, sd.unet)
     sd.unet.gradient_checkpointing = args.gradient_checkpointing
     how = {"size": args.size, "crop": args.crop, "flip": args.flip}
     how["lr_scale"] = args.batch_size * args.accumulate * processes.world if args.scale_lr else 1
@@ -86,6 +89,10 @@ def learn_words(
             for spec, start in zip(specs, starts, strict=True)
         ]
     settings = learning_settings(vars(args))
+    if args.per_layer and settings.objective != "diffusion":
+        raise InputError(
+            "--per-layer is for --objective diffusion: CLIP knows nothing of the layers of a UNet"
+        )
     learner = Inversion if settings.objective == "diffusion" else clip_learner(args, specs, sd.device)
     trainer = Trainer(
         sd,

@@ -153,7 +153,9 @@ def test_written_for_the_official_code(width: int, star: int, tmp_path: Path) ->
     again = Concept.load(tmp_path / "again.pt")
     assert again.placeholder == "*" and torch.equal(again.vectors, concept.vectors)
     with pytest.raises(InputError, match="in a format that has it"):
-        Concept("<a>", vectors(1, 96), widths=(64, 32)).save(tmp_path / "xl.pt", format="official")
+        Concept("<a>", vectors(1, 96), widths={"clip_l": 64, "clip_g": 32}).save(
+            tmp_path / "xl.pt", format="official"
+        )
 
 
 def test_a_foreign_note_called_placeholder(tmp_path: Path) -> None:
@@ -215,8 +217,8 @@ def test_sdxl(suffix: str, tmp_path: Path) -> None:
         assert torch.equal(rows, content[key])
     concept = Concept.load(path)
     assert torch.equal(concept.vectors, torch.cat([content["clip_l"], content["clip_g"]], dim=1))
-    assert concept.widths == (768, 1280)
-    with pytest.raises(InputError, match=r"on a 768-wide encoder \(SD 1\.x\), not on a 1024-wide .*SD 2\.x"):
+    assert concept.widths == {"clip_l": 768, "clip_g": 1280}
+    with pytest.raises(InputError, match=r"on a 2048-wide encoder \(SDXL.*, not on a 1024-wide .*SD 2\.x"):
         Concept.load(path, width=1024)
     assert torch.equal(one(write(tmp_path / f"l{suffix}", {"clip_l": content["clip_l"]}))[1], vectors(2))
     with pytest.raises(InputError, match="several text encoders, of widths 768, 1280, 4096; take one"):
@@ -231,7 +233,7 @@ def test_sdxl_in_two_files_of_diffusers(suffix: str, tmp_path: Path) -> None:
     write(tmp_path / f"learned_embeds_2{suffix}", {"<toy>": second})
     for where in (path, tmp_path):
         concept = Concept.load(where)
-        assert (concept.placeholder, concept.widths) == ("<toy>", (768, 1280))
+        assert (concept.placeholder, concept.widths) == ("<toy>", {"clip_l": 768, "clip_g": 1280})
         assert torch.equal(concept.vectors, torch.cat([first, second], dim=1))
     assert torch.equal(Concept.load(path, width=768).vectors, first)
     write(tmp_path / f"learned_embeds_2{suffix}", {"<another>": second})
@@ -240,7 +242,7 @@ def test_sdxl_in_two_files_of_diffusers(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
 def test_sdxl_written_and_read_again(suffix: str, tmp_path: Path) -> None:
-    concept = Concept("<toy>", vectors(2, 2048), {"step": "5"}, (768, 1280))
+    concept = Concept("<toy>", vectors(2, 2048), {"step": "5"}, {"clip_l": 768, "clip_g": 1280})
     concept.save(path := tmp_path / f"word{suffix}")
     again = Concept.load(path)
     assert torch.equal(again.vectors, concept.vectors)

@@ -29,6 +29,7 @@ BESIDE = {
     "model/model_hash.py": "recognises a model",
     "model/placeholders.py": "refuses impossible placeholders, and prompts that are too long",
     "model/tiles.py": "decodes large pictures",
+    "model/per_layer.py": "words with vectors of their own for each layer",
     "model/bert.py": "another text encoder",
     "model/wordpiece.py": "its tokenizer",
     "model/canvas.py": "what inpainting models also see",

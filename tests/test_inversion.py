@@ -652,7 +652,7 @@ def test_directions_in_half_precision(dtype: str, load: Callable) -> None:
         inversion = run(sd, [word := a_word(sd, lr=0.05)], Settings(optimizer="direction"), 3)
         rows.append(inversion.rows[0].detach())
         assert rows[-1].dtype == torch.float32
-        mean_length = sd.vocabulary.float().norm(dim=1).mean().item()
+        mean_length = sd.tables[0].weight.float().norm(dim=1).mean().item()
         assert rows[-1].norm().item() == pytest.approx(mean_length, rel=1e-5)
     start = F.normalize(word.init, dim=1) * rows[1].norm()
     assert F.cosine_similarity(rows[0] - start, rows[1] - start).item() > 0.98
@@ -1100,9 +1100,9 @@ def test_init_words_that_the_vocabulary_lacks(load: Callable, caplog: pytest.Log
     ids = sd.tokenizer.encode("wug toy")
     assert len(ids) == 4
     exact = initial_rows(sd, "word", "wug toy", 4)
-    assert torch.equal(exact, sd.vocabulary[ids])
+    assert torch.equal(exact, sd.tables[0].weight[ids])
     assert not caplog.text
-    assert torch.equal(initial_rows(sd, "word", "wug"), sd.vocabulary[ids[:3]].mean(0, keepdim=True))
+    assert torch.equal(initial_rows(sd, "word", "wug"), sd.tables[0].weight[ids[:3]].mean(0, keepdim=True))
     assert "their mean is taken; better choose" in caplog.text
 
 

@@ -357,7 +357,7 @@ def test_diffusers_loads_what_was_learned_and_makes_the_same_picture(root: Path,
         )
     fresh, _ = pair(root)
     concept = Concept.load(tmp_path / "toy.safetensors")
-    assert (concept.placeholder, concept.widths) == ("<toy>", (64, 32))
+    assert (concept.placeholder, concept.widths) == ("<toy>", {"clip_l": 64, "clip_g": 32})
     fresh.add_concept(concept)
     prompts = ["a photo of <toy> on the grass", "red <toy>"]
     assert_same_pictures(compare_pictures(fresh, pipe, prompts, negative_prompt=None, size=(64, 64)))

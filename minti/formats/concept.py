@@ -20,15 +20,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model.checks import encoder_of
+from ..model.checks import encoder_of, is_per_layer
 from .atomic import write_atomically
-from .embedding_files import SDXL, find_words, is_picture, read_picture, refusal
+from .embedding_files import PER_LAYER, SDXL, find_words, is_picture, layer_keys, read_picture, refusal
 from .reading import check_regular, naming
 from .weightfile import read_metadata, read_nested
 
 log = logging.getLogger(__name__)
 
 IN_FOLDERS = ("learned_embeds.safetensors", "learned_embeds.bin")
+ENCODERS = ("clip_l", "clip_g")  # of SDXL
 SUFFIXES = {"diffusers": (".safetensors", ".bin"), "a1111": (".pt", ".safetensors"), "official": (".pt",)}
 
 
@@ -38,15 +39,17 @@ class Concept:
 
     Attributes:
         placeholder: the word as it is written in prompts.
-        vectors: (num_vectors, D) float32; D is 768 for SD 1.x, 1024 for SD 2.x, 768 + 1280 for SDXL.
+        vectors: (num_vectors, D) float32; D is 768 for SD 1.x, 1024 for SD 2.x, 768 + 1280 for SDXL. A word
+            per layer, see `model.per_layer`, has D columns for each of the layers.
         metadata: notes for people on where it comes from: base model, init word, step, ...
-        widths: how many of the D columns are for each text encoder, where there are several.
+        widths: the parts of the columns and their widths, by their keys in a file: clip_l and clip_g where
+            there are two text encoders, IN01 and so on in a word per layer, otherwise none.
     """
 
     placeholder: str
     vectors: Tensor
     metadata: Mapping[str, str] = field(default_factory=dict)
-    widths: tuple[int, ...] = ()
+    widths: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path, placeholder: str | None = None, *, width: int | None = None) -> Concept:
@@ -74,7 +77,8 @@ class Concept:
         """Read all words of a file; otherwise like `load`."""
         _, concepts = read_concepts(Path(path))
         if width is not None:
-            concepts = [part for concept in concepts for part in (concept, *concept.parts())]
+            both = [c for concept in concepts if not is_per_layer(concept.widths) for c in concept.parts()]
+            concepts = [*concepts, *both]
         widths = sorted({concept.vectors.shape[1] for concept in concepts})
         if width is None and len(widths) > 1:
             several = ", ".join(map(str, widths))
@@ -84,19 +88,24 @@ class Concept:
             )
         if width is not None and width not in widths:
             raise InputError(
-                f"{path}: {concepts[0].placeholder!r} was learned on a {encoder_of(widths[0])}, "
-                f"not on a {encoder_of(width)}; use the model it was learned on"
+                f"{path}: {concepts[0].placeholder!r} was learned on a {concepts[0].encoder}, "
+                f"not on a {encoder_of({'': width})}; use the model it was learned on"
             )
         return [concept for concept in concepts if width in (None, concept.vectors.shape[1])]
 
     def parts(self) -> list[Concept]:
-        """The word for each text encoder by itself, where there are several."""
-        vectors = self.vectors.split(self.widths, dim=1) if self.widths else []
+        """The word for each text encoder, or each layer, by itself, where there are several."""
+        vectors = self.vectors.split([*self.widths.values()], dim=1) if self.widths else []
         return [Concept(self.placeholder, part.contiguous(), self.metadata) for part in vectors]
 
     def save(self, path: str | Path, *, format: str | None = None) -> None:
         """Write a file that other programs read, too, in one piece or not at all; see `save_concepts`."""
         save_concepts(path, [self], format=format)
+
+    @property
+    def encoder(self) -> str:
+        """What kind of text encoder the word was learned on."""
+        return encoder_of(self.widths or {"": self.vectors.shape[1]})
 
     @property
     def digest(self) -> str:
@@ -136,13 +145,17 @@ def _join(concepts: Sequence[Concept]) -> list[Concept]:
         widths = tuple(part.vectors.shape[1] for part in parts)
         if len(parts) == 2 and len(set(widths)) == 2 and len({len(part.vectors) for part in parts}) == 1:
             vectors = torch.cat([part.vectors for part in parts], dim=1)
-            parts = [replace(parts[0], vectors=vectors, widths=widths)]
+            names = dict(zip(ENCODERS, widths, strict=True))
+            parts = [replace(parts[0], vectors=vectors, widths=names)]
         joined += parts
     return joined
 
 
 def _read_file(path: Path) -> tuple[str, list[Concept]]:
-    """Read one file; a word for several text encoders comes several times, in several widths."""
+    """Read one file; a word for several text encoders comes several times, in several widths.
+
+    A word per layer comes once.
+    """
     with naming(check_regular(path), "a learned word"):
         in_picture = is_picture(path)
         content = read_picture(path) if in_picture else read_nested(path)
@@ -157,9 +170,15 @@ def _read_file(path: Path) -> tuple[str, list[Concept]]:
             if not vectors.isfinite().all():
                 raise refusal(f"{word!r} has vectors that are not finite")
             about = dict(notes.get(word, notes[None]))
-            if kind == SDXL.name and "minti" in texts:  # of the keys of which none is the word
+            if kind in (SDXL.name, PER_LAYER) and "minti" in texts:  # of the keys of which none is the word
                 word = about.pop("placeholder", word)
             concepts.append(Concept(word, vectors, about))
+    if kind == PER_LAYER:
+        vectors = torch.cat([concept.vectors for concept in concepts], dim=1)
+        widths = {
+            key: concept.vectors.shape[1] for key, concept in zip(layer_keys(content), concepts, strict=True)
+        }
+        concepts = [replace(concepts[0], vectors=vectors, widths=widths)]
     if aside:
         log.warning("%s: left aside %s", path, aside)
     return kind, concepts
@@ -211,12 +230,14 @@ def encode_concepts(path: Path, concepts: Sequence[Concept], format: str | None 
     if len(concepts) == 1:
         notes = dict(concepts[0].metadata)
     if any(concept.widths for concept in concepts):
-        if len(concepts) > 1 or format == "official":
+        per_layer = is_per_layer(concepts[0].widths)
+        if len(concepts) > 1 or format == "official" or (format == "a1111" and per_layer and suffix != ".pt"):
             raise InputError(
-                f"{path}: a file holds one word for SDXL, in a format that has it; write another"
+                f"{path}: a file holds one word for SDXL, or for single layers, in a format that has it; "
+                "write another"
             )
         parts = (part.vectors.cpu().contiguous() for part in concepts[0].parts())
-        words, notes = dict(zip(("clip_l", "clip_g"), parts, strict=True)), dict(concepts[0].metadata)
+        words, notes = dict(zip(concepts[0].widths, parts, strict=True)), dict(concepts[0].metadata)
         texts = {"minti": json.dumps(notes | {"placeholder": concepts[0].placeholder}, sort_keys=True)}
         return save(words, texts) if suffix == ".safetensors" else _torch_bytes(words)
     texts = {"minti": json.dumps(notes, sort_keys=True)} if notes else {}

@@ -5,6 +5,7 @@ AUTOMATIC1111       {string_to_param: {"*": (n, D)}, name, step, ...}, in a pick
                     picture; the word is the file's name. As safetensors like kohya's
 the official code   {string_to_param: ParameterDict, string_to_token: ...}
 LoRA                {bundle_emb.WORD.KEY: ...} beside its own tensors, KEY being one of the others'
+kohya, per layer    {IN01: (n, D), IN02: ..., MID: ..., OUT03: ...}; the word is the file's name
 others              a row of FORMATS; or a tensor by itself; the word is the file's name
 """
 
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
+from ..model.checks import is_per_layer
 from .kinds import kind_of_keys
 from .photos import reading_picture
 
@@ -45,6 +47,8 @@ FORMATS = (
     PIVOTAL,
 )
 
+PER_LAYER = "kohya, a word per layer (XTI)"
+
 Words = list[tuple[str, Tensor]]
 
 
@@ -62,7 +66,8 @@ def find_words(content: Any, name: str) -> tuple[str, Words, str]:
 
     Returns:
         The name of the format; the vectors of each word, (n, D) or (D,), where a word for several text
-        encoders comes several times, in several widths; what was left aside, in words.
+        encoders comes several times, in several widths, and a word per layer once for each of `layer_keys`;
+        what was left aside, in words.
 
     Raises:
         InputError: there is no learned word in it.
@@ -71,6 +76,11 @@ def find_words(content: Any, name: str) -> tuple[str, Words, str]:
         return "a tensor by itself", _checked([(name, content)]), ""
     if not isinstance(content, dict):
         raise refusal(f"it holds a {type(content).__name__}")
+    if layers := layer_keys(content):
+        words = _checked([(name, content[key]) for key in layers])
+        if len({tuple(torch.atleast_2d(rows).shape) for _, rows in words}) > 1:
+            raise refusal("its layers have different numbers of vectors")
+        return PER_LAYER, words, ""
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     content = {key: value for key, value in content.items() if isinstance(key, str)}
@@ -99,6 +109,13 @@ def find_words(content: Any, name: str) -> tuple[str, Words, str]:
         raise refusal(f"it is {kind}")
     words = _checked([(key, value) for key, value in content.items() if isinstance(value, Tensor)])
     return "diffusers", list(join_numbered(dict(words)).items()), ""
+
+
+def layer_keys(content: Mapping[str, Any]) -> list[str]:
+    """The keys of a word per layer in the order of the forward pass; [] if the content is something else."""
+    if not content or not all(isinstance(key, str) and is_per_layer([key]) for key in content):
+        return []
+    return sorted(content, key=lambda key: (("IN", "MID", "OUT").index(key.rstrip("0123456789")), key))
 
 
 def _bundles(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -35,12 +35,6 @@ def add_photo_words(sd: StableDiffusion, word: Word) -> list[nn.Parameter]:
     return list(map(sd.add_concept, concepts))
 
 
-def penalty(rows: Sequence[Tensor], starts: Sequence[Tensor], weight: float) -> Tensor:
-    """The squared distance of each word's rows to their start, times `weight`, summed over the words."""
-    drift = [(now - start).square().sum(1).mean() for now, start in zip(rows, starts, strict=True)]
-    return (weight * torch.stack(drift)).sum()
-
-
 class Progression:
     """Lets the vectors of some words join in one after another (`Settings.progressive`).
 
@@ -70,7 +64,7 @@ class Progression:
 
 
 class Constraints:
-    """What is done to the rows after every update.
+    """What pulls the rows towards their start, and what is done to them after every update.
 
     With `Settings.average` the mean of the rows after each of the last steps replaces them after the very
     last one (Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging").
@@ -79,7 +73,7 @@ class Constraints:
         optimizer: of all rows.
         rows: those of each word.
         settings: how the words are learned.
-        longest: how long a vector may be; None: any length.
+        vocabulary_norm: the mean length of the vocabulary's vectors.
         progression: tells which vectors wait.
 
     Attributes:
@@ -91,14 +85,22 @@ class Constraints:
         optimizer: torch.optim.Optimizer,
         rows: Sequence[nn.Parameter],
         settings: Settings,
-        longest: float | None,
+        vocabulary_norm: float,
         progression: Progression,
     ) -> None:
         self.rows, self.starts = rows, [p.detach().clone() for p in rows]
-        self.optimizer, self.longest, self.progression = optimizer, longest, progression
+        self.regularization = settings.regularization
+        self.optimizer, self.progression = optimizer, progression
+        self.longest = None if settings.max_norm is None else settings.max_norm * vocabulary_norm
         self.steps, self.count = settings.steps, min(settings.average, settings.steps)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._sums = [torch.zeros_like(p) for p in self._parameters] if settings.average > 1 else []
+
+    def penalty(self) -> Tensor:
+        """`Settings.regularization` times the squared distance of each word's rows to their start, summed."""
+        pairs = zip(self.rows, self.starts, strict=True)
+        drift = [(now - start).square().sum(1).mean() for now, start in pairs]
+        return (self.regularization * torch.stack(drift)).sum()
 
     @torch.no_grad()
     def apply(self, step: int) -> None:

@@ -19,10 +19,10 @@ from ..model.stable_diffusion import StableDiffusion
 from . import state as saved
 from .batches import Batch, Settings, Word, loss_inputs, sample_batch
 from .divergence import Diverged, DivergenceWatch
-from .extensions import Constraints, Progression, penalty
+from .extensions import Constraints, Progression
 from .learn import diffusion_loss
 from .new_words import add_words
-from .optimizers import make_optimizer
+from .optimizers import make_optimizer, vocabulary_norm
 
 
 class Inversion:
@@ -62,7 +62,7 @@ class Inversion:
     ) -> None:
         self.sd, self.words, self.settings = sd, list(words), settings
         self.rank, self.world, self.step_count = rank, world, 0
-        self.vocabulary_norm = sd.vocabulary.float().norm(dim=1).mean().item()
+        self.vocabulary_norm = vocabulary_norm(sd)
         self.rows, self.photo_rows = add_words(sd, self.words, settings, replace=replace, templates=templates)
         self._progression = Progression(sd.tokenizer, self.words, settings.progressive)
         self._progression.update_tokenizer(0)
@@ -72,8 +72,8 @@ class Inversion:
         ]
         self._parameters = [p.requires_grad_(True) for group in groups for p in group["params"]]
         self.optimizer = make_optimizer(sd, groups, settings)
-        longest = None if settings.max_norm is None else settings.max_norm * self.vocabulary_norm
-        self._constraints = Constraints(self.optimizer, self.rows, settings, longest, self._progression)
+        how = settings, self.vocabulary_norm, self._progression
+        self._constraints = Constraints(self.optimizer, self.rows, *how)
         # float16 has so small a range that gradients vanish unless the loss is scaled up (arXiv 1710.03740).
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
         self._watch = DivergenceWatch(self._parameters, self.rows)
@@ -101,8 +101,7 @@ class Inversion:
             self.scaler.scale(loss.sum()).backward()
             losses += loss.detach()
         if self.settings.regularization and self.rank == 0:
-            starts = self._constraints.starts
-            self.scaler.scale(penalty(self.rows, starts, self.settings.regularization)).backward()
+            self.scaler.scale(self._constraints.penalty()).backward()
         self._sum_over_processes(losses)
         self._watch.check_gradients(losses, self.scaler)
         self._update()

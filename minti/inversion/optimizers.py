@@ -13,6 +13,12 @@ from ..model.stable_diffusion import StableDiffusion
 from .settings import Settings
 
 
+def vocabulary_norm(sd: StableDiffusion) -> float:
+    """The mean length of the model's own word vectors, all parts of them together."""
+    squares = [table.weight.float().square().sum(dim=1) for table in sd.tables]
+    return torch.stack(squares).sum(dim=0).sqrt().mean().item()
+
+
 def make_optimizer(
     sd: StableDiffusion, groups: list[dict[str, Any]], settings: Settings
 ) -> torch.optim.Optimizer:

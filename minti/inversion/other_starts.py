@@ -27,7 +27,6 @@ def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1
         InputError: `word` is empty or of no use for that kind; a file has another number of vectors than the
             one, more than 1, that was asked for.
     """
-    table = sd.vocabulary
     if kind == "word":
         return word_rows(sd, word, num_vectors)
     if kind == "output":
@@ -35,10 +34,11 @@ def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1
         check_tokens(word, ids)
         return spread(sd.encode_prompt([word])[0, 1 : 1 + len(ids)], num_vectors)  # behind the start token
     if kind == "random":
-        mean, std = table.float().mean(0).cpu(), table.float().std(0).cpu()
+        tables = [table.weight.float() for table in sd.tables]
+        mean, std = (torch.cat([f(table, dim=0) for table in tables]).cpu() for f in (torch.mean, torch.std))
         return mean + std * torch.randn(num_vectors, len(mean), generator=generator(seed, "init"))
     if kind == "file":
-        rows = Concept.load(word, width=table.shape[1]).vectors
+        rows = Concept.load(word, width=sum(table.weight.shape[1] for table in sd.tables)).vectors
         if num_vectors not in (1, len(rows)):
             raise InputError(f"{word}: has {len(rows)} vectors, num_vectors is {num_vectors}; leave it out")
         return rows

@@ -85,7 +85,7 @@ def add_words(sd: StableDiffusion, words: Sequence[tuple[Path, Concept]]) -> lis
     for i, (path, concept) in enumerate(words):
         internal = f"<{concept.placeholder.strip('<>')}#{i}>"
         try:
-            sd.add_concept(Concept(internal, concept.vectors))
+            sd.add_concept(replace(concept, placeholder=internal))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         step = path.stem.removeprefix("step-")

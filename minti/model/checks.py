@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -14,9 +15,17 @@ MAX_SIDE = 16384  # pixels
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "LDM, or SDXL's second encoder", 2048: "SDXL, 768 + 1280"}
 
 
-def encoder_of(width: int) -> str:
-    """What kind of text encoder has word vectors of this width."""
-    return f"{width}-wide encoder" + (f" ({FAMILIES[width]})" if width in FAMILIES else "")
+def is_per_layer(keys: Iterable[str]) -> bool:
+    """Whether the parts of a word's vectors are for the cross-attention layers of a UNet; see `per_layer`."""
+    return any(re.fullmatch(r"IN\d\d|MID|OUT\d\d", key) for key in keys)
+
+
+def encoder_of(widths: Mapping[str, int]) -> str:
+    """What kind of text encoder has word vectors of these parts and widths; see `Concept.widths`."""
+    width = next(iter(widths.values())) if is_per_layer(widths) else sum(widths.values())
+    family = f" ({FAMILIES[width]})" if width in FAMILIES else ""
+    layers = f" with words for {len(widths)} layers, {', '.join(widths)}" if is_per_layer(widths) else ""
+    return f"{width}-wide encoder{family}{layers}"
 
 
 def check_options(prompts: Sequence[str], seeds: Sequence[int], options: Mapping[str, object]) -> None:
@@ -54,12 +63,13 @@ def check_size(size: object, default: int, f: int) -> tuple[int, int]:
     return sides
 
 
-def check_width(word: LearnedWord, own: int) -> None:
-    """Raise InputError unless a learned word has the width of the word vectors of this model, `own`."""
+def check_fit(word: LearnedWord, own: Mapping[str, int]) -> None:
+    """Raise InputError unless a learned word fits a model, whose word vectors have these parts and widths."""
     width = word.vectors.shape[1]
-    if width != own:
+    theirs = word.widths or {"": width}
+    if width != sum(own.values()) or (is_per_layer(theirs) and [*theirs] != [*own]):
         raise InputError(
-            f"{word.placeholder!r} was learned on a {encoder_of(width)}, this checkpoint has a "
+            f"{word.placeholder!r} was learned on a {encoder_of(theirs)}, this checkpoint has a "
             f"{encoder_of(own)}; use the model it was learned on"
         )
 

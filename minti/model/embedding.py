@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 
 class LearnedWord(Protocol):
-    """What the model needs to know of a `Concept`: the word, and its vectors, (num_vectors, D) float32."""
+    """What the model needs to know of a `Concept`; see there."""
 
     placeholder: str
     vectors: Tensor
+    widths: dict[str, int]
 
 
 class Embedding(nn.Module):
@@ -37,14 +38,14 @@ class TokenEmbedding(Embedding):
 
     Attributes:
         weight: (vocab_size, D), the checkpoint's own vectors.
-        words: (num_vectors, D) for each learned word; wider where two encoders share the rows of a word.
-        columns: the D columns of such shared rows that are read here.
+        words: (num_vectors, D) for each learned word; wider where several tables share the rows of a word.
+        columns, key: the D columns of such shared rows that are read here, and what a file calls them.
     """
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__(vocab_size, width)
         self.words = nn.ParameterList()
-        self.columns = slice(0, width)
+        self.columns, self.key = slice(0, width), ""
 
     @property
     def rows(self) -> Tensor:

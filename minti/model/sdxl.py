@@ -54,8 +54,9 @@ class TwoTextEncoders(nn.Module):
         super().__init__()
         self.text_encoder, self.text_encoder_2, self.pad_2 = text_encoder, text_encoder_2, pad_2
         self.context_layer = 2
-        width = text_encoder.config.hidden_size
-        text_encoder_2.token_embedding.columns = slice(width, width + text_encoder_2.config.hidden_size)
+        first, second = text_encoder.token_embedding, text_encoder_2.token_embedding
+        first.key, second.key, width = "clip_l", "clip_g", text_encoder.config.hidden_size
+        second.columns = slice(width, width + text_encoder_2.config.hidden_size)
 
     def forward(self, ids: Tensor) -> TextOutput:
         """Encode token ids, (B, 77) int64, as the first encoder's tokenizer gives them.

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import check_number
 from .canvas import BlankCanvas
-from .checks import check_options, check_output, check_size, check_width
+from .checks import check_options, check_output, check_size
 from .conditioning import Conditioning, encode_each
 from .diffusion import Schedule
 from .embedding import LearnedWord, TokenEmbedding
+from .per_layer import fit_word, tables_of
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
@@ -59,19 +60,12 @@ class StableDiffusion:
     @property
     def tables(self) -> list[TokenEmbedding]:
         """The table of word vectors of each text encoder; a word has columns in every one of them."""
-        return [module for module in self.text_encoder.modules() if isinstance(module, TokenEmbedding)]
+        return tables_of(self.text_encoder)
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """The columns of a word's vectors for each text encoder; () where there is one encoder."""
-        widths = tuple(table.weight.shape[1] for table in self.tables)
-        return widths if len(widths) > 1 else ()
-
-    @property
-    def vocabulary(self) -> Tensor:
-        """The checkpoint's own word vectors, (vocab_size, D), without any learned ones."""
-        weights = [table.weight for table in self.tables]
-        return weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
+    def widths(self) -> dict[str, int]:
+        """The parts of a word's vectors and their widths, see `Concept`; {} where they have no parts."""
+        return {table.key: table.weight.shape[1] for table in self.tables if table.key}
 
     def look_up(self, ids: Tensor) -> Tensor:
         """The vectors that the text encoders begin with, (B, L) -> (B, L, D)."""
@@ -89,12 +83,12 @@ class StableDiffusion:
         Raises:
             InputError: the word was learned for another kind of model, or its name is taken.
         """
+        self.text_encoder, vectors = fit_word(concept, self.text_encoder, self.unet)
         tables = self.tables
-        check_width(concept, sum(table.weight.shape[1] for table in tables))
         first = len(tables[0].weight) + len(tables[0].rows)
-        ids = range(first, first + len(concept.vectors))
+        ids = range(first, first + len(vectors))
         self.tokenizer.add_placeholder(concept.placeholder, ids, replace=replace)
-        rows = nn.Parameter(concept.vectors.to(self.device, torch.float32, copy=True), requires_grad=False)
+        rows = nn.Parameter(vectors.to(self.device, torch.float32, copy=True), requires_grad=False)
         for table in tables:
             table.words.append(rows)
         return rows

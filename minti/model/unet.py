@@ -174,10 +174,17 @@ class UNet(nn.Module):
         return fused_linear(projections, F.silu(embedding))
 
     def embed_context(self, context: Tensor) -> Tensor:
-        """Keys and values of the prompt for every cross-attention, (B, L, D) -> (B, L, sum of kv_width)."""
+        """Keys and values of the prompt for every cross-attention, (B, L, D) -> (B, L, sum of kv_width).
+
+        A context (B, L, layers*D) has a part for each of them; see `TextEncoderPerLayer`.
+        """
         transformers = [transformer for block in self.blocks for transformer in block.attentions]
         attentions = [block.attn2 for t in transformers for block in t.transformer_blocks]
-        return fused_linear([layer for a in attentions for layer in (a.to_k, a.to_v)], context)
+        parts = context.split(self.config.cross_attention_dim, dim=-1)
+        if len(parts) == 1:
+            return fused_linear([layer for a in attentions for layer in (a.to_k, a.to_v)], context)
+        each = zip(attentions, parts, strict=True)
+        return torch.cat([fused_linear([a.to_k, a.to_v], part) for a, part in each], dim=-1)
 
     def denoise(self, x: Tensor, time_shifts: Tensor, context_kv: Tensor) -> Tensor:
         """`forward` behind `embed_time` and `embed_context`: the part that depends on the picture.

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from ..cli.html import page, picture, table
@@ -109,10 +109,13 @@ def _settings(run: RunRecord) -> str:
 
 def nearest_words(sd: StableDiffusion, vectors: Tensor, count: int = 8) -> list[list[tuple[str, float]]]:
     """For each of the vectors, (n, D), the words of the vocabulary that point the same way, with cosines."""
-    table = sd.vocabulary.float()
+    tables = [table.weight.float() for table in sd.tables]
+    parts = vectors.to(sd.device).split([table.shape[1] for table in tables], dim=1)
+    products = torch.stack([part @ table.T for part, table in zip(parts, tables, strict=True)]).sum(dim=0)
+    lengths = torch.stack([table.square().sum(dim=1) for table in tables]).sum(dim=0).sqrt()  # (vocab_size,)
+    cosines = products / vectors.to(sd.device).norm(dim=1)[:, None] / lengths  # (n, vocab_size)
     names = {i: symbol for symbol, i in sd.tokenizer.vocab.items()}
-    cosines = F.normalize(vectors.to(table.device), dim=1) @ F.normalize(table, dim=1).T  # (n, vocab_size)
-    best = cosines.topk(min(count, len(table)), dim=1)
+    best = cosines.topk(min(count, len(lengths)), dim=1)
     return [
         [(names.get(i, str(i)), cosine) for i, cosine in zip(ids, values, strict=True)]
         for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)

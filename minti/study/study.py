@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..cli.progress import Progress
 from ..errors import InputError
 from ..formats.concept import Concept
 from ..formats.photos import load_photos
+from ..inversion.optimizers import vocabulary_norm
 from ..judge.benchmark import Benchmark, with_tradeoffs, word_jobs
 from ..judge.picture_jobs import PictureJob, PictureStore, make_all, models_of
 from ..judge.scorer import Scorer
@@ -119,7 +120,7 @@ class Study:
                     f"{path}: does not say when it was saved; remove it, to learn the word again"
                 )
             names[variant] = f"<{variant.concept.name}#{len(names)}>"
-            self.sd.add_concept(Concept(names[variant], self.words[variant].vectors))
+            self.sd.add_concept(replace(self.words[variant], placeholder=names[variant]))
         if self.compiled:
             kernels.compile_denoiser(self.sd.unet)
         self.jobs = [self._jobs_for(r, names[r.variant] if r.variant else r.text) for r in self.plan.requests]
@@ -140,7 +141,7 @@ class Study:
         plan, judge, seed = self.plan, self.judge, self.plan.protocol.seed
         photos = [photo.open() for photo in load_photos(concept.images)]
         benchmark = Benchmark.make(self.scorer, photos, plan.prompts[concept.name])
-        vocabulary_norm = self.sd.vocabulary.float().norm(dim=1).mean().item()
+        mean_length = vocabulary_norm(self.sd)
 
         def outcome(family: str, evaluation: Any, readings: Mapping[str, Any], **more: Any) -> Outcome:
             truth = None
@@ -160,7 +161,7 @@ class Study:
             notes, length, diverged = [request.note], None, False
             if request.variant:
                 word = self.words[request.variant]
-                length = word.vectors.norm(dim=1).mean().item() / vocabulary_norm
+                length = word.vectors.norm(dim=1).mean().item() / mean_length
                 last = int(word.metadata["step"])
                 diverged = last < request.variant.settings.steps
                 if diverged:
