@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ def test_each_layer_reads_its_own_vectors(family: str, tmp_path: Path) -> None:
     """A prompt with a word of two vectors, whose layers differ, and a plain word."""
     folder = oracles.save_folder(tmp_path / "model", family)
     pipe = oracles.pipeline(tmp_path / "pipe", family)
+    pipe.unet, pipe.text_encoder = copy.deepcopy((pipe.unet, pipe.text_encoder))  # tests share them
     sd = minti.load(folder, device="cpu")
     width = sd.tables[0].weight.shape[1]
     vectors = torch.randn(2, len(KOHYA) * width, generator=torch.Generator().manual_seed(0))
