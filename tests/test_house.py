@@ -34,6 +34,7 @@ BESIDE = {
     "model/wordpiece.py": "its tokenizer",
     "model/canvas.py": "what inpainting models also see",
     "model/conditioning.py": "negative and long prompts",
+    "model/schedules.py": "settings of the noise schedule that checkpoints differ in",
     "model/sdxl.py": "the text encoders and sizes of SDXL",
     "inversion/from_photos.py": "`minti.learn`, which calls the others in order",
     "inversion/divergence.py": "notices that training has gone wrong",

@@ -9,10 +9,17 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import InputError, check_number
-from .embedding import LearnedWord
 
 MAX_SIDE = 16384  # pixels
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "LDM, or SDXL's second encoder", 2048: "SDXL, 768 + 1280"}
+
+
+class LearnedWord(Protocol):
+    """What the model needs to know of a `Concept`; see there."""
+
+    placeholder: str
+    vectors: Tensor
+    widths: dict[str, int]
 
 
 def is_per_layer(keys: Iterable[str]) -> bool:

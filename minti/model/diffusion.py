@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from .config import ScheduleConfig
+from .schedules import alphas_cumprod, spaced_timesteps
 
 
 class Schedule:
@@ -27,17 +26,7 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        start, end, T = config.beta_start, config.beta_end, config.num_train_timesteps
-        if config.beta_schedule == "scaled_linear":
-            betas = np.linspace(start**0.5, end**0.5, T) ** 2
-        else:
-            betas = np.linspace(start, end, T)
-        alphas_cumprod = np.cumprod(1 - betas)
-        if config.rescale_betas_zero_snr:
-            # Shift sqrt(alpha-bar) so that it ends at 0, and scale it so that it begins as before.
-            signal = alphas_cumprod**0.5
-            alphas_cumprod = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
-        self.alphas_cumprod = torch.from_numpy(alphas_cumprod).float().to(device)
+        self.alphas_cumprod = torch.from_numpy(alphas_cumprod(config)).float().to(device)
         # Numbers asked back from a GPU make the processor wait, and a sampler needs some at every step.
         self._alphas = self.alphas_cumprod.tolist()
 
@@ -97,25 +86,14 @@ class Schedule:
     def timesteps(self, steps: int) -> list[tuple[int, int]]:
         """The steps a sampler takes, from noise to picture: pairs (t, t_prev), where it is and where it goes.
 
-        The three spacings are those of public scheduler configs (Lin et al. 2023, arXiv 2305.08891, table 2).
-        Whatever the spacing, t_prev lies T / steps before t, as in the public samplers; behind the last step
-        it is negative, see `ddim_step`.
+        They are evenly spaced, and t_prev lies T / steps before t; behind the last step it is negative, see
+        `alpha`.
 
         Raises:
             InputError: the schedule does not have that many steps.
         """
-        T, offset = self.config.num_train_timesteps, self.config.steps_offset
-        most = T - offset if self.config.timestep_spacing == "leading" else T
-        if not 1 <= steps <= most:
-            raise InputError(f"steps = {steps}: this checkpoint's schedule allows 1 to {most}")
-        if self.config.timestep_spacing == "leading":
-            ascending = np.arange(steps) * (T // steps) + offset
-        elif self.config.timestep_spacing == "linspace":
-            ascending = np.linspace(0, T - 1, steps).round()
-        else:
-            # Rounding may give one more than was asked for, behind the last.
-            ascending = np.arange(T, 0, -T / steps)[:steps].round()[::-1] - 1
-        return [(int(t), int(t) - T // steps) for t in ascending[::-1]]
+        times = spaced_timesteps(self.config, steps)
+        return [(t, t - self.config.num_train_timesteps // steps) for t in times]
 
     def ddim_step(
         self, prediction: Tensor, x_t: Tensor, t: int, t_prev: int, eta: float, noise: Tensor

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class LearnedWord(Protocol):
-    """What the model needs to know of a `Concept`; see there."""
-
-    placeholder: str
-    vectors: Tensor
-    widths: dict[str, int]
 
 
 class Embedding(nn.Module):

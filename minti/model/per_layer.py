@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .checks import check_fit, is_per_layer
+from .checks import LearnedWord, check_fit, is_per_layer
 from .clip import TextOutput
-from .embedding import LearnedWord, TokenEmbedding
+from .embedding import TokenEmbedding
 from .unet import UNet
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import check_number
 from .canvas import BlankCanvas
-from .checks import check_options, check_output, check_size
+from .checks import LearnedWord, check_options, check_output, check_size
 from .conditioning import Conditioning, encode_each
 from .diffusion import Schedule
-from .embedding import LearnedWord, TokenEmbedding
+from .embedding import TokenEmbedding
 from .per_layer import fit_word, tables_of
 from .tokenizer import Tokenizer
 from .unet import UNet

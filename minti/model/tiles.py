@@ -9,19 +9,24 @@ import torch
 from torch import Tensor
 
 
-def decode_in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tile: int, f: int) -> Tensor:
-    """Decode squares that overlap by at least a quarter, and fade them into each other.
+def decode_in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tile: int | None, f: int) -> Tensor:
+    """Decode large latents in squares that overlap by at least a quarter, and fade them into each other.
+
+    It takes the memory of one square, however large the picture, but each square is normalised by itself, so
+    that colours may come out slightly different.
 
     Args:
         decode: (B, C, h, w) latents -> (B, 3, f h, f w) pixels.
         latents: (B, C, h, w).
-        tile: height and width of a square, in latents.
+        tile: height and width of a square, in latents; None, or as large as the latents: in one piece.
         f: pixels per latent, along each side.
 
     Returns:
         (B, 3, f h, f w)
     """
     height, width = latents.shape[2:]
+    if tile is None or max(height, width) <= tile:
+        return decode(latents)
     rows, columns = min(tile, height), min(tile, width)
     fade = (_fading(rows * f)[:, None] * _fading(columns * f)).to(latents.device)  # (tile H, tile W)
     total, pixels = torch.zeros(height * f, width * f, device=latents.device), None

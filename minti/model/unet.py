@@ -11,6 +11,7 @@ steps at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
@@ -29,7 +30,8 @@ class UNetBlock(nn.Module):
 
     Args:
         resnets: (c_in, c_out) of each residual block.
-        heads, depth, transformers: how many of the residual blocks a transformer follows, and its size.
+        heads: attention heads of the transformers.
+        depths: for each residual block, how deep the transformer behind it is; 0: there is none.
         resample: the change of resolution at the end, if there is one.
     """
 
@@ -38,8 +40,7 @@ class UNetBlock(nn.Module):
         config: UNetConfig,
         resnets: list[tuple[int, int]],
         heads: int,
-        depth: int,
-        transformers: int,
+        depths: Sequence[int],
         resample: type[Downsample | Upsample] | None = None,
     ) -> None:
         super().__init__()
@@ -48,14 +49,13 @@ class UNetBlock(nn.Module):
             ResnetBlock(c_in, c_out, config.norm_num_groups, config.norm_eps, time_dim)
             for c_in, c_out in resnets
         )
-        transformers = transformers if depth else 0
         self.attentions = nn.ModuleList(
-            SpatialTransformer(config, channels, heads, depth) for _ in range(transformers)
+            SpatialTransformer(config, channels, heads, depth) for depth in depths if depth
         )
         self.downsamplers = nn.ModuleList([Downsample(channels)] if resample is Downsample else [])
         self.upsamplers = nn.ModuleList([Upsample(channels)] if resample is Upsample else [])
         self.shift_width = channels * len(resnets)  # of its part of `embed_time`
-        self.kv_width = 2 * channels * depth * transformers  # of its part of `embed_context`
+        self.kv_width = 2 * channels * sum(depths)  # of its part of `embed_context`
 
     def forward(
         self,
@@ -126,26 +126,23 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         skips = [channels[0]]  # channels of each output of the way down
         for i, (c, heads, depth) in enumerate(levels):
-            last = i == len(levels) - 1
             resnets = [(skips[-1], c)] + [(c, c)] * (layers - 1)
-            resample = None if last else Downsample
-            self.down_blocks.append(UNetBlock(config, resnets, heads, depth, layers, resample))
-            skips += [c] * (layers if last else layers + 1)
+            resample = Downsample if i < len(levels) - 1 else None
+            self.down_blocks.append(UNetBlock(config, resnets, heads, [depth] * layers, resample))
+            skips += [c] * (layers + 1 if resample else layers)
 
         self.mid_block = None
         if config.mid_depth is not None:
-            c, heads, _ = levels[-1]
-            self.mid_block = UNetBlock(config, [(c, c)] * 2, heads, config.mid_depth, 1)
+            self.mid_block = UNetBlock(config, [(c, c)] * 2, heads, [config.mid_depth, 0])
 
         self.up_blocks = nn.ModuleList()
-        below = channels[-1]
-        for i, (c, heads, depth) in enumerate(reversed(levels)):
+        for i, (c_out, heads, depth) in reversed(list(enumerate(levels))):
             resnets = []
             for _ in range(layers + 1):
-                resnets.append((below + skips.pop(), c))
-                below = c
-            resample = None if i == len(levels) - 1 else Upsample
-            self.up_blocks.append(UNetBlock(config, resnets, heads, depth, layers + 1, resample))
+                resnets.append((c + skips.pop(), c_out))
+                c = c_out
+            resample = Upsample if i > 0 else None
+            self.up_blocks.append(UNetBlock(config, resnets, heads, [depth] * (layers + 1), resample))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)

@@ -104,15 +104,14 @@ class Encoder(nn.Module):
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        c_in = channels[0]
-        for i, c in enumerate(channels):
-            resample = Downsample if i < len(channels) - 1 else None
-            self.down_blocks.append(VAEBlock(c_in, c, config.layers_per_block, groups, resample))
-            c_in = c
-        self.mid_block = MidBlock(c_in, groups)
-        self.conv_norm_out = nn.GroupNorm(groups, c_in, eps=EPS)
-        self.conv_out = nn.Conv2d(c_in, 2 * config.latent_channels, 3, padding=1)
+        resample = [Downsample] * (len(channels) - 1) + [None]
+        self.down_blocks = nn.ModuleList(
+            VAEBlock(c_in, c_out, config.layers_per_block, groups, step)
+            for c_in, c_out, step in zip(channels[:1] + channels, channels, resample, strict=False)
+        )
+        self.mid_block = MidBlock(channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -129,14 +128,13 @@ class Decoder(nn.Module):
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
-        self.up_blocks = nn.ModuleList()
-        c_in = channels[0]
-        for i, c in enumerate(channels):
-            resample = Upsample if i < len(channels) - 1 else None
-            self.up_blocks.append(VAEBlock(c_in, c, config.layers_per_block + 1, groups, resample))
-            c_in = c
-        self.conv_norm_out = nn.GroupNorm(groups, c_in, eps=EPS)
-        self.conv_out = nn.Conv2d(c_in, config.out_channels, 3, padding=1)
+        resample = [Upsample] * (len(channels) - 1) + [None]
+        self.up_blocks = nn.ModuleList(
+            VAEBlock(c_in, c_out, config.layers_per_block + 1, groups, step)
+            for c_in, c_out, step in zip(channels[:1] + channels, channels, resample, strict=False)
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         z = self.mid_block(self.conv_in(z))
@@ -150,14 +148,9 @@ class VAE(nn.Module):
 
     Latents here are as the encoder gives them; whoever calls it multiplies them by `config.scaling_factor`
     before the UNet sees them, and divides by it before decoding.
-
-    Attributes:
-        tile: None, or decode latents of more than this height or width in squares of this size. It takes the
-            memory of one square, however large the picture, but each square is normalised by itself, so that
-            colours may come out slightly different.
     """
 
-    tile: int | None = None
+    tile: int | None = None  # decode large latents in squares of this size, see `decode_in_tiles`
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -182,9 +175,6 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents as the encoder gives them -> (B, 3, H, W) pixels, about in [-1, 1]."""
-        if self.tile is None or max(latents.shape[2:]) <= self.tile:
-            return self._decode(latents)
-        return decode_in_tiles(self._decode, latents, self.tile, self.config.downscale)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents))
+        return decode_in_tiles(
+            lambda z: self.decoder(self.post_quant_conv(z)), latents, self.tile, self.config.downscale
+        )
