@@ -12,8 +12,8 @@ class InputError(ValueError):
     """Something the user gave cannot be used. One line says what is wrong, where, and the remedy."""
 
     def __str__(self) -> str:
-        """The message; the middle of a very long one, such as that of a value from a file, is left out."""
-        text = super().__str__()
+        """The message as one line, whatever a value from a file holds; the middle of a long one is left out."""
+        text = " ".join(super().__str__().split())
         return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
