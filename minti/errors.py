@@ -12,7 +12,7 @@ class InputError(ValueError):
     """Something the user gave cannot be used. One line says what is wrong, where, and the remedy."""
 
     def __str__(self) -> str:
-        """The message as one line, whatever a value from a file holds; the middle of a long one is left out."""
+        """The message as one line, whatever values it quotes; the middle of a very long one is left out."""
         text = " ".join(super().__str__().split())
         return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
