@@ -26,18 +26,20 @@ from minti.errors import InputError
 from minti.formats.atomic import write_atomically
 from minti.formats.checkpoint import DTYPES
 from minti.model import kernels
-from tools.benchmark import jobs, parts
+from tools.benchmark import jobs, parts, quality
 from tools.benchmark.floor import speed
 from tools.benchmark.models import MODELS
 from tools.benchmark.table import Row, to_markdown
 
+QUALITY = "quality"  # takes hours, so only on demand
+PARTS = f"{', '.join(parts.PARTS)}; or {QUALITY}: how good words are after how many steps"
 PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python tools/bench.py", description=__doc__)
     count = number(int, 1)
-    parser.add_argument("--only", nargs="+", metavar="PART", choices=parts.PARTS, help=", ".join(parts.PARTS))
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=[*parts.PARTS, QUALITY], help=PARTS)
     parser.add_argument("--small", action="store_true", help="two minutes: the tiny model, few repeats")
     parser.add_argument("--full", action="store_true", help="on a CPU too, scaling of the large model; hours")
     parser.add_argument("--model", nargs="+", choices=MODELS, help="by default all")
@@ -50,6 +52,18 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="minti compiled, too")
     parser.add_argument("--attention", choices=kernels.METHODS, default="sdpa", help="of minti")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="diffusers too")
+    group = parser.add_argument_group("--only quality, on weights/tiny")
+    ways, default = [*quality.WAYS, jobs.PEER], [quality.MINTI, jobs.PEER]
+    group.add_argument(
+        "--ways", nargs="+", choices=ways, default=default, metavar="WAY", help=", ".join(ways)
+    )
+    group.add_argument("--concepts", type=count, default=6, help="things to learn words for (default: 6)")
+    group.add_argument("--seeds", type=count, default=3, help="words for each (default: 3)")
+    at = [25, 50, 100, 200, 400]
+    group.add_argument("--at", nargs="+", type=count, default=at, metavar="STEPS", help="of each run")
+    group.add_argument("--peer-steps", type=count, default=3000, help="of diffusers' example (default: 3000)")
+    group.add_argument("--samples", type=count, default=512, help="in the loss (default: 512)")
+    group.add_argument("--num-images", type=count, default=2, help="of each prompt (default: 2)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="everything measured, as JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # see jobs.in_child
     args = parser.parse_args(argv)
@@ -60,6 +74,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.model = args.model or (["tiny"] if args.small else list(MODELS))
     both = ["float32", "bfloat16"]
     args.dtype = args.dtype or (["bfloat16"] if args.device != "cpu" else both[:1] if args.small else both)
+    if QUALITY in (args.only or []) and len(args.only) > 1:
+        raise InputError("--only quality stands alone")
     args.only = args.only or list(parts.PARTS)
     if args.small:
         args.repeats, args.steps = args.repeats or 3, args.steps or 20
@@ -91,6 +107,24 @@ def machine(device: str) -> dict[str, Any]:
     return found
 
 
+def measure_quality(args: argparse.Namespace, where: dict[str, Any]) -> None:
+    """Learn words, and print the table anew after each of them."""
+    found: list[quality.Measured] = []
+
+    def record(measured: quality.Measured) -> None:
+        found.append(measured)
+        parts.note(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(measured).items()))
+        if args.out:
+            rows = [dataclasses.asdict(m) for m in found]
+            write_atomically(args.out, json.dumps({"machine": where, "rows": rows}, indent=1).encode())
+
+    keys = ("ways", "concepts", "seeds", "at", "peer_steps", "samples", "num_images")
+    how = {key: getattr(args, key) for key in keys} | {"sample_steps": args.steps or 20}
+    with tempfile.TemporaryDirectory(prefix="minti-bench-") as work:
+        quality.compare(Path(work), **how, record=record)
+    print(f"{quality.to_markdown(found)}\n\n{quality.overtakes(found)}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a table for each part."""
     args = arguments(argv)
@@ -106,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Before the peers are imported: they should say nothing, and look for nothing in the network.
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     where = machine(args.device)
+    if args.only == [QUALITY]:
+        measure_quality(args, where)
+        return
     if where["load average"] > 0.5:
         parts.note(f"other programs are running (load average {where['load average']}): do not rely on this")
     print(", ".join(f"{key} {value}" for key, value in where.items()))

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from minti.errors import InputError
 from minti.inversion.batches import Batch
 
+from .models import INIT_WORD
+
 MINTI, COMPILED, PEER = "minti", "minti compiled", "diffusers"
 CHECKPOINTED = "minti, checkpointing"
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,6 +49,8 @@ class Job:
     size: int  # pixels
     steps: int  # of sampling
     vectors: int = 1
+    lr: float = 5e-3  # of AdamW
+    init_word: str = INIT_WORD
     concepts: int = 1
     attention: str = "sdpa"  # minti's, see `minti.model.kernels.use`
 

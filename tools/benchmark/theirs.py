@@ -26,7 +26,7 @@ from minti.inversion.batches import Batch
 from minti.inversion.templates import OBJECT
 
 from .jobs import Job
-from .models import GUIDANCE_SCALE, INIT_WORD, PLACEHOLDER, PROMPT
+from .models import GUIDANCE_SCALE, PLACEHOLDER, PROMPT
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
@@ -53,7 +53,8 @@ class Training:
         folder = Path(job.checkpoint)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
         self.schedule = DDPMScheduler.from_pretrained(folder / "scheduler")
-        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").to(job.device)
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+        self.text_encoder = text_encoder.to(job.device, torch.float32)  # whatever the files hold
         self.vae = AutoencoderKL.from_pretrained(folder / "vae").to(job.device, self.dtype)
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet").to(job.device, self.dtype)
 
@@ -61,14 +62,14 @@ class Training:
         self.tokenizer.add_tokens(words)
         self.placeholder = " ".join(words)
         self.ids = self.tokenizer.convert_tokens_to_ids(words)
-        (init_id,) = self.tokenizer.encode(INIT_WORD, add_special_tokens=False)
+        (init_id,) = self.tokenizer.encode(job.init_word, add_special_tokens=False)
         self.text_encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
         for module in (self.vae, self.unet, self.text_encoder):
             module.requires_grad_(False)
         self.table = self.text_encoder.get_input_embeddings().weight.requires_grad_(True)
         self.table.data[self.ids] = self.table.data[init_id].clone()
         self.original = self.table.data.clone()
-        self.optimizer = torch.optim.AdamW([self.table], lr=5e-3, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW([self.table], lr=job.lr, weight_decay=0.01)
         self.scaler = torch.amp.GradScaler(torch.device(job.device).type, enabled=self.dtype == torch.float16)
         self.text_encoder.train()
         self.photos = sorted(Path(job.photos).iterdir())
