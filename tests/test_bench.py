@@ -21,6 +21,8 @@ from tools.bench import main
 from tools.benchmark import floor, ours, parts, theirs
 from tools.benchmark.jobs import Job
 from tools.benchmark.models import MODELS, build, write_checkpoint, write_tokenizer
+from tools.benchmark.quality import Measured, overtakes
+from tools.benchmark.quality import to_markdown as quality_table
 from tools.benchmark.table import rows, to_markdown
 
 from . import oracles
@@ -210,6 +212,36 @@ def test_sd15_is_what_minti_takes_for_it(tmp_path):
     tokenizer = read_tokenizer(tmp_path)
     assert len(tokenizer) == 49408
     assert len(tokenizer.encode("toy")) == 1
+
+
+def test_quality(bench, capsys):
+    """The smallest run: every word is measured."""
+    flags = ["--ways", "minti", "direction", "diffusers", "--concepts", "1", "--seeds", "1", "--at", "2"]
+    flags += ["--peer-steps", "3", "--samples", "4", "--num-images", "1", "--steps", "1"]
+    rows = bench("--only", "quality", *flags)["rows"]
+    ways = [("start", 0), ("minti", 2), ("direction", 2), ("diffusers", 2), ("diffusers", 3)]
+    assert [(row["way"], row["steps"]) for row in rows] == ways
+    for row in rows:
+        assert 0 < row["loss"] < 1 and 0 <= row["kept"] <= 1 and 0 <= row["followed"] <= 1
+        assert -1 <= row["clip_i"] <= 1 and row["concept"] == rows[0]["concept"]
+        assert row["length"] == pytest.approx(1, abs=0.2 if row["way"] != "direction" else 1e-5)
+    assert len({row["loss"] for row in rows}) == len(rows)
+    assert "minti: loss of the peer after 3 steps" in capsys.readouterr().out
+
+
+def test_when_the_peer_is_overtaken():
+    def word(way: str, steps: int, loss: float, kept: float, seed: int = 0) -> Measured:
+        return Measured(way, "thing", seed, steps, steps / 10, loss, kept, 0.5, 0.5, 0.5, 1.0)
+
+    found = [word("diffusers", 10, 0.3, 0.9), word("diffusers", 100, 0.2, 0.6)]
+    found += [word("minti", 5, 0.25, 0.6), word("minti", 20, 0.18, 0.7), word("minti", 20, 0.20, 0.7, 1)]
+    said = overtakes(found).splitlines()
+    assert said[0] == (
+        "minti: loss of the peer after 100 steps (0.2000): after 20 steps, 2.0 s (5 and 5 times less)"
+    )
+    assert "kept of the peer after 100 steps (0.6000): after 5 steps, 0.5 s" in said[1]
+    assert overtakes(found[2:]) == ""
+    assert "| minti | 20 | 2.0 | 0.1900 ± 0.0100 | 0.700 ± 0.000 |" in quality_table(found)
 
 
 def test_table():
