@@ -34,6 +34,8 @@ from minti.study.concepts import ConceptSpec, choose_concepts, read_concepts
 from minti.study.recipe import StudyPlan
 from minti.study.summary import Outcome, claim_numbers, disagreements, judge_claims, means, rank_correlation
 from minti.study.variants import KEYS, expand, group_words, make_variant
+from minti.study.ways import WAYS, Way
+from minti.tune import __main__ as tune
 from tools.make_tiny import captions, concepts, probe
 
 ROOT = Path(minti.__file__).parents[1]
@@ -94,10 +96,10 @@ def test_every_setting_reaches_the_word() -> None:
             "weight_decay": 0.3,
             "progressive": [5],
         },
-        **{"t_min": 5, "t_max": 900, "average": 2},
+        **{"objective": "clip", "t_min": 5, "t_max": 900, "average": 2},
         **{"regularization": 0.7, "max_norm": 2.0, "per_image": 0.25, "caption_dropout": 0.1},
     }
-    assert set(values) == set(KEYS)
+    assert set(values) == set(KEYS) - set(WAYS)
     (setup,) = expand({"all": values}, {})
     word = make_variant(setup, concept())
     for key, value in values.items():
@@ -190,8 +192,22 @@ def test_shipped_recipes_make_sense(recipe: str, described: str) -> None:
     development = plan_of(recipe, described, "--choose", "development")
     assert [c.name for c in development.concepts] == ["imp", "mushroom", "teapot"]
     texts = [{p.text for p in plan.prompts[plan.concepts[0].name].prompts} for plan in (full, development)]
-    assert len(texts[0]) >= (3 if recipe == "table1" else 15)
+    assert len(texts[0]) >= {"table1": 3, "rivals": 4}.get(recipe, 15)
     assert not texts[0] & texts[1], "defaults are not chosen by the final prompts"
+
+
+def test_the_rivals_are_those_of_the_paper(described: str) -> None:
+    """Words are learned once for all guidance scales; so are tuned UNets."""
+    plan = plan_of("rivals", described, "--choose", "robot")
+    own = {request.name: request for request in plan.requests}
+    for name in ("word", "short caption", "CLIP word", "pivotal", "DreamBooth"):
+        assert [own[f"{name}, guidance {g}"].way.guidance for g in (2, 5, 10)] == [2, 5, 10]
+    assert len({request.variant for request in own.values()} - {None}) == 2
+    assert own["pivotal, guidance 2"].variant == own["word, guidance 10"].variant
+    assert own["CLIP word, guidance 5"].variant.settings.objective == "clip"
+    assert own["DreamBooth, guidance 5"].text == "zorp machine"
+    assert own["CLIP-guided from photo"].way == Way(text="init_word", clip_guidance=30, from_photo=True)
+    assert len({request.key for request in own.values()}) == len(own)
 
 
 def test_figure_10_has_every_setup_of_the_paper(described: str) -> None:
@@ -858,3 +874,69 @@ def test_clip_misleads_where_it_prefers_what_is_wrong() -> None:
 def test_settings_of_a_group_are_those_asked_for() -> None:
     (group,) = group_words(words({"a": {"regularization": 0.5, "steps": 7}}), together=1)
     assert group.settings == Settings(steps=7, regularization=0.5)
+
+
+# Rivals
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_rivals_make_pictures_of_their_own(base: Path, tmp_path: Path) -> None:
+    """Each way gives other pictures; the model is what it was; nothing is done twice."""
+    setups = {
+        "word": {"guidance": [2, 5]},
+        "clip word": {"objective": "clip"},
+        "pivotal": {"tune": "pivotal", "tune_steps": 3, "tune_lr": 1e-2, "guidance": [2, 5]},
+        "dreambooth": {"tune": "dreambooth", "tune_steps": 2, "tune_lr": 1e-2, "class_images": 2},
+        "caption": {"text": "short", "guidance": 2},
+        "guided": {"text": "init_word", "clip_guidance": 20.0},
+        "guided from photo": {"text": "init_word", "clip_guidance": 20.0, "from_photo": True},
+        "plain": {"text": "init_word"},
+    }
+    prompts = ["red {} on the grass"]
+    recipe = write_recipe(base, tmp_path, setups=setups, captions={}, claims=[], prompts=prompts)
+    argv = [recipe, "--out", str(tmp_path / "out"), "--choose", "toy", "--guidance-scale", "5"]
+    study.main(argv)
+    made = sorted((tmp_path / "out" / "pictures").rglob("*.png"))
+    assert len(made) == 2 * (10 + 1)
+    assert len({path.read_bytes() for path in made}) == len(made)
+    assert len(list((tmp_path / "out" / "tuned").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "words").iterdir())) == 2
+    names = {row["name"] for row in result(tmp_path / "out")["means"]}
+    assert {"word, guidance 2", "pivotal, guidance 5", "dreambooth", "guided from photo"} <= names
+    before = snapshot(tmp_path / "out")
+    study.main(argv)
+    again = {key: when for key, when in snapshot(tmp_path / "out").items() if "report" not in key}
+    assert all(before[key] == when for key, when in again.items() if "study.json" not in key)
+
+
+def test_pivotal_tuning_in_a_study_is_that_of_minti_tune(base: Path, tmp_path: Path) -> None:
+    """The same weights, from the same word and photos; and sampling leaves the model as it was."""
+    setups = {"pivotal": {"tune": "pivotal", "tune_steps": 3, "tune_lr": 1e-2}}
+    recipe = write_recipe(base, tmp_path, setups=setups, captions={}, claims=[], prompts=["red {}"])
+    study.main([recipe, "--out", str(tmp_path / "out"), "--choose", "toy"])
+    (word,) = (tmp_path / "out" / "words").rglob("*.safetensors")
+    argv = ["--checkpoint", base / "model", "--images", base / "toy", "--concept", word, "--steps", 3]
+    argv += ["--lr", 1e-2, "--sample-every", 0, "--device", "cpu", "--out", tmp_path / "tuned"]
+    tune.main([*map(str, argv)])
+    (ours,) = (tmp_path / "out" / "tuned").iterdir()
+    ours, theirs = load_file(ours), load_file(tmp_path / "tuned" / "unet.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        ({"tune": "everything"}, "choose from pivotal, dreambooth"),
+        ({"tune": "pivotal", "text": "short"}, "goes neither with text"),
+        ({"text": "rhyme"}, "toy has none of the kind 'rhyme'"),
+        ({"guidance": -1}, "guidance"),
+        ({"guidance": [2, "much"]}, "guidance"),
+        ({"from_photo": 3}, "should be true or false"),
+    ],
+)
+def test_impossible_rivals_are_named(setup: dict, message: str, base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(base, tmp_path, setups={"rival": setup}, claims=[])
+    with pytest.raises(InputError, match=message) as refused:
+        study.main([recipe, "--out", str(tmp_path / "out")])
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()

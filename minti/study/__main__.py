@@ -28,7 +28,7 @@ from .recipe import KEYS, StudyPlan, make_plan
 from .study import Study
 from .summary import claim_numbers
 
-MADE = ("words", "learning", "pictures", "strips", FOLDER, "study.json", "report.html")
+MADE = ("words", "learning", "tuned", "pictures", "strips", FOLDER, "study.json", "report.html")
 MAY_DIFFER = (  # when a study is continued
     *("recipe", "out", "attention", "device", "compile", "repeats"),
     *("sample_batch_size", "words_at_once", "title", "about", "claims", "answers"),

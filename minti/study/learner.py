@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,11 +16,13 @@ from ..formats.photos import load_photos
 from ..formats.reading import check_regular
 from ..formats.views import make_views
 from ..inversion.batches import Word
+from ..inversion.clip_objective import ClipInversion, ClipTarget, check_same_encoder
 from ..inversion.divergence import Diverged
 from ..inversion.inversion import Inversion
 from ..inversion.latents import Latents, encode_views
 from ..inversion.other_starts import initial_rows
 from ..inversion.templates import load_templates
+from ..judge.scorer import Scorer
 from ..model.stable_diffusion import StableDiffusion
 from .variants import Group, Variant
 
@@ -36,10 +38,13 @@ class Learner:
     Args:
         folder: the folder for `words/`, the finished words, and `learning/`, the state of unfinished batches.
         compiled: see `Inversion`.
+        scorer: the CLIP of words that are learned with the objective clip.
     """
 
-    def __init__(self, sd: StableDiffusion, folder: Path, compiled: bool = False) -> None:
-        self.sd, self.folder, self.compiled = sd, Path(folder), compiled
+    def __init__(
+        self, sd: StableDiffusion, folder: Path, compiled: bool = False, scorer: Scorer | None = None
+    ) -> None:
+        self.sd, self.folder, self.compiled, self.scorer = sd, Path(folder), compiled, scorer
         self._latents: dict[tuple, Latents] = {}
         self._count = 0
 
@@ -66,8 +71,10 @@ class Learner:
         return self.folder / "learning" / f"{group.key}.safetensors"
 
     def check(self, variant: Variant) -> None:
-        """Raises InputError if the photos, init word or templates of a word cannot be used."""
+        """Raises InputError if the photos, init word, templates or CLIP of a word cannot be used."""
         self._word(variant, variant.concept.name)
+        if variant.settings.objective == "clip":
+            check_same_encoder(self.sd, self.scorer.text_encoder)
 
     def _word(self, variant: Variant, placeholder: str) -> Word:
         """What a word is learned from: latents of its photos, rows of its init word, templates, captions."""
@@ -89,6 +96,17 @@ class Learner:
             seed=v.seed,
         )
 
+    def _inversion(self, words: Sequence[Word], group: Group) -> Inversion:
+        if group.settings.objective == "diffusion":
+            return Inversion(self.sd, words, group.settings, compiled=self.compiled)
+        targets = []
+        for variant in group.words:
+            photos = load_photos(variant.concept.images)[: variant.photos]
+            image = self.scorer.mean_embedding(photo.open() for photo in photos)
+            targets.append(ClipTarget(image, "" if variant.init == "file" else variant.init_word))
+        how = {"text_encoder": self.scorer.text_encoder, "targets": targets}
+        return ClipInversion(self.sd, words, group.settings, **how)
+
     def learn(self, group: Group, on_step: Callable[[], None]) -> None:
         """Learn the words of a group, from where an earlier process has left them.
 
@@ -107,7 +125,7 @@ class Learner:
         for word in group.words:
             self._count += 1  # a word that diverged has left its name behind
             words.append(self._word(word, f"<{word.concept.name}-{self._count}>"))
-        inversion = Inversion(self.sd, words, group.settings, compiled=self.compiled)
+        inversion = self._inversion(words, group)
         state = self._state(group)
         if state.exists():
             try:

@@ -12,6 +12,7 @@ from ..judge.prompts import Prompt, PromptList, check_prompt, load_prompts
 from .concepts import ConceptSpec, choose_concepts, read_concepts, table_of, text_of, texts_of
 from .summary import check_claims
 from .variants import Setup, Variant, check_settings, expand, make_variant
+from .ways import PLAIN, RARE_WORD, Way, way_of
 
 KEYS = (  # what only a recipe can say; it may also give any option of the command
     *("title", "about"),  # texts for the report
@@ -36,6 +37,7 @@ class Request:
         name, kind: those of its `Evaluation`.
         family: the name that all values spread out of one setup share.
         variant: the word to learn; None for a text.
+        way: how pictures are made with it.
         note: tells requests of one name apart.
         repeat: 0 for the first of several words that are learned alike.
     """
@@ -45,6 +47,7 @@ class Request:
     family: str
     kind: str
     variant: Variant | None = None
+    way: Way = PLAIN
     text: str = ""
     note: str = ""
     repeat: int = 0
@@ -52,7 +55,8 @@ class Request:
     @property
     def key(self) -> str:
         """What the store of pictures knows it by."""
-        return self.variant.key if self.variant else self.text or self.name
+        own = self.variant.key if self.variant else self.text or self.name
+        return own if self.way == PLAIN else f"{own} {self.concept.name} {self.way}"
 
 
 @dataclass
@@ -160,15 +164,32 @@ def requests_for(
     """Every way of asking for a concept: learned words, captions, and no word at all."""
     requests = []
     for setup in setups:
-        variant = make_variant(setup, concept, QUICK_STEPS if quick else 1.0)
+        scale = QUICK_STEPS if quick else 1.0
+        try:
+            way = way_of(setup.values, scale)
+        except InputError as error:
+            raise InputError(f"setups: {setup.name!r}: {error}") from None
+        if not way.has_word:
+            text = texts_for(concept, way.text)[0] if way.text else f"{RARE_WORD} {concept.init_word}"
+            more = {"text": text, "note": text, "way": way}
+            requests.append(Request(concept, setup.name, setup.family, "caption", **more))
+            continue
+        variant = make_variant(setup, concept, scale)
         for i in range(repeats):
             word = replace(variant, seed=variant.seed + SEED_STEP * i)
             note = f"seed {word.seed}" if repeats > 1 else ""
-            requests.append(Request(concept, setup.name, setup.family, "word", word, note=note, repeat=i))
+            requests.append(
+                Request(concept, setup.name, setup.family, "word", word, way, note=note, repeat=i)
+            )
     for name, kind in captions.items():
-        texts = [concept.init_word] if kind == "init_word" else concept.captions.get(kind)
-        if not texts:
-            raise InputError(f"captions: {concept.name} has none of the kind {kind!r}")
-        texts = texts[:QUICK_CAPTIONS] if quick else texts
+        texts = texts_for(concept, kind)[: QUICK_CAPTIONS if quick else None]
         requests += [Request(concept, name, name, "caption", text=text, note=text) for text in texts]
     return [*requests, Request(concept, "prompt only", "prompt only", "prompt only")]
+
+
+def texts_for(concept: ConceptSpec, kind: str) -> Sequence[str]:
+    """The captions of a concept of one kind, or its coarse description. Raises InputError if it has none."""
+    texts = [concept.init_word] if kind == "init_word" else concept.captions.get(kind)
+    if not texts:
+        raise InputError(f"captions: {concept.name} has none of the kind {kind!r}")
+    return texts

@@ -22,6 +22,7 @@ from ..formats.photos import load_photos
 from ..inversion.optimizers import vocabulary_norm
 from ..judge.benchmark import Benchmark, with_tradeoffs, word_jobs
 from ..judge.picture_jobs import PictureJob, PictureStore, make_all, models_of
+from ..judge.prompts import fill
 from ..judge.scorer import Scorer
 from ..model import kernels
 from ..model.model_hash import model_hash
@@ -31,6 +32,7 @@ from .classifier import Judge
 from .concepts import ConceptSpec
 from .learner import Learner
 from .recipe import Request, StudyPlan
+from .rivals import Rivals
 from .study_report import Report
 from .summary import Outcome, judge_claims, means
 from .variants import Group, Variant, group_words
@@ -57,7 +59,8 @@ class Study:
     ) -> None:
         self.plan, self.sd, self.scorer, self.judge = plan, sd, scorer, judge
         self.folder, self.compiled = folder, compiled
-        self.learner, self.store = Learner(sd, folder, compiled), PictureStore(folder / "pictures")
+        self.learner = Learner(sd, folder, compiled, scorer)
+        self.rivals, self.store = Rivals(sd, scorer, folder), PictureStore(folder / "pictures")
         self.words: dict[Variant, Concept] = {}  # those that are learned
         self.jobs: list[dict[str, PictureJob]] = []  # of each request
         self._models = models_of(sd, scorer) | ({"probe": model_hash(judge.probe)} if judge else {})
@@ -121,16 +124,21 @@ class Study:
                 )
             names[variant] = f"<{variant.concept.name}#{len(names)}>"
             self.sd.add_concept(replace(self.words[variant], placeholder=names[variant]))
+        asked = [(r, names[r.variant] if r.variant else r.text) for r in self.plan.requests]
+        self.rivals.tune(asked, processes)
         if self.compiled:
             kernels.compile_denoiser(self.sd.unet)
-        self.jobs = [self._jobs_for(r, names[r.variant] if r.variant else r.text) for r in self.plan.requests]
+        self.jobs = [self._jobs_for(request, word) for request, word in asked]
         every = [job for of_request in self.jobs for job in of_request.values()]
         make_all(every, self.measure, self.store, processes, self.plan.protocol.steps)
 
     def _jobs_for(self, request: Request, word: str) -> dict[str, PictureJob]:
         """The pictures that a request needs. Those of "prompt only" are the same for all concepts."""
-        prompts = self.plan.prompts[request.concept.name]
-        return word_jobs(self.sd, prompts, word, self.plan.protocol, self._models, name=request.key)
+        prompts, protocol = self.plan.prompts[request.concept.name], self.plan.protocol
+        if request.way.guidance is not None:
+            protocol = replace(protocol, guidance_scale=request.way.guidance)
+        jobs = word_jobs(self.sd, prompts, word, protocol, self._models, name=request.key)
+        return {t: self.rivals.job(job, request, fill(t, word), protocol) for t, job in jobs.items()}
 
     def measure(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What CLIP and the classifier say of pictures; see `picture_jobs.Measure`."""

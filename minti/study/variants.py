@@ -14,11 +14,12 @@ from ..errors import InputError
 from ..inversion.batches import Settings
 from ..runs.options import options
 from .concepts import ConceptSpec, table_of
+from .ways import WAYS, way_of
 
 MOST_SETUPS = 1000  # of a recipe, all values spread out
 PER_WORD = ("init", "init_word", "num_vectors", "templates", "lr", "seed", "crop", "flip")
 SHARED = [f.name for f in fields(Settings) if f.name not in ("betas", "eval_size", "eval_seed")]
-KEYS = (*PER_WORD, "photos", *SHARED)  # what a setup can set
+KEYS = (*PER_WORD, "photos", *SHARED, *WAYS)  # what a setup can set
 _options = cache(options)
 
 
@@ -131,7 +132,7 @@ def check_settings(values: Mapping[str, Any], source: str) -> None:
         for single in value if _is_axis(key, value) else [value]:
             if key != "photos":
                 try:
-                    _options().check({key: single})
+                    way_of({key: single}) if key in WAYS else _options().check({key: single})
                 except InputError as error:
                     raise InputError(f"{source}: {error}") from None
             elif single is not None and (type(single) is not int or single < 1):
@@ -150,7 +151,11 @@ def make_variant(setup: Setup, concept: ConceptSpec, scale: float = 1.0) -> Vari
     opts = _options()
     values = vars(opts.parse([], required=[])) | {"init_word": concept.init_word}
     values |= {"templates": concept.templates} if concept.templates else {}
-    given = {key: value for key, value in setup.values.items() if key != "photos" and value is not None}
+    given = {
+        key: value
+        for key, value in setup.values.items()
+        if key not in ("photos", *WAYS) and value is not None
+    }
     values |= opts.check(given)
 
     def scaled(steps: int) -> int:
