@@ -39,6 +39,7 @@ BESIDE = {
     "inversion/from_photos.py": "`minti.learn`, which calls the others in order",
     "inversion/divergence.py": "notices that training has gone wrong",
     "inversion/state.py": "saves and restores a run",
+    "inversion/shares.py": "several processes, batches that are added up",
     "inversion/settings.py": "the options of a run, with their checks",
     "inversion/clip_objective.py": "a rival: the objective of CLIP",
     "inversion/new_words.py": "refuses words that do not fit into their prompts",

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minti.model.vae import Downsample
+from minti.model.blocks import Downsample
 
 from . import compare, oracles
 from .compare import assert_parity
@@ -36,7 +36,7 @@ def test_variance_is_clamped():
 
 def test_downsample_pads_right_and_bottom():
     """All but the last row and column come from whole 3x3 windows, the first of which starts at pixel 0."""
-    down, x = Downsample(3).requires_grad_(False), torch.randn(1, 3, 8, 12)
+    down, x = Downsample(3, symmetric=False).requires_grad_(False), torch.randn(1, 3, 8, 12)
     output = down(x)
     assert output.shape == (1, 3, 4, 6)
     inside = F.conv2d(x, down.conv.weight, down.conv.bias, stride=2)

@@ -7,10 +7,9 @@ alone, but for rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..formats.concept import Concept
@@ -23,6 +22,7 @@ from .extensions import Constraints, Progression
 from .learn import diffusion_loss
 from .new_words import add_words
 from .optimizers import make_optimizer, vocabulary_norm
+from .shares import Share
 
 
 class Inversion:
@@ -61,7 +61,7 @@ class Inversion:
         templates: Sequence[str] = (),
     ) -> None:
         self.sd, self.words, self.settings = sd, list(words), settings
-        self.rank, self.world, self.step_count = rank, world, 0
+        self.step_count, self.share = 0, Share(settings.batch_size, settings.accumulate, rank, world)
         self.vocabulary_norm = vocabulary_norm(sd)
         self.rows, self.photo_rows = add_words(sd, self.words, settings, replace=replace, templates=templates)
         self._progression = Progression(sd.tokenizer, self.words, settings.progressive)
@@ -96,13 +96,13 @@ class Inversion:
         """
         self.optimizer.zero_grad(set_to_none=False)
         losses = torch.zeros(len(self.words), device=self.sd.device)
-        for batches in self._draw_batches():
-            loss = self._losses(batches) / self._count
+        for batches in self.share.parts(self._draw(self.share.count, self.step_count)):
+            loss = self._losses(batches) / self.share.count
             self.scaler.scale(loss.sum()).backward()
             losses += loss.detach()
-        if self.settings.regularization and self.rank == 0:
+        if self.settings.regularization and self.share.rank == 0:
             self.scaler.scale(self._constraints.penalty()).backward()
-        self._sum_over_processes(losses)
+        self.share.add_up([losses, *(p.grad for p in self._parameters)])
         self._watch.check_gradients(losses, self.scaler)
         self._update()
         self._constraints.apply(self.step_count)
@@ -113,32 +113,15 @@ class Inversion:
             self.check()
         return losses
 
-    @property
-    def _count(self) -> int:
-        """How many samples of each word there are in a step, in all processes together."""
-        return self.settings.batch_size * self.settings.accumulate * self.world
-
     def _draw(self, count: int, *key: object) -> list[Batch]:
         """For each word, `count` samples that the key decides."""
         T = self.sd.schedule.config.num_train_timesteps
         return [sample_batch(word, self.settings, T, count, *key) for word in self.words]
 
-    def _draw_batches(self) -> Iterator[list[Batch]]:
-        """This process's share of the step: for each accumulated batch, the samples of each word."""
-        n, drawn = self.settings.batch_size, self._draw(self._count, self.step_count)
-        for i in range(self.settings.accumulate):
-            first = (i * self.world + self.rank) * n
-            yield [batch[first : first + n] for batch in drawn]
-
     def _losses(self, batches: Sequence[Batch]) -> Tensor:
         """The sum of the losses of each word's samples, (words,)."""
         losses = self._loss(*loss_inputs(self.sd, self.words, batches))
         return losses.view(len(self.words), -1).sum(1)
-
-    def _sum_over_processes(self, losses: Tensor) -> None:
-        if self.world > 1:
-            for tensor in (losses, *(p.grad for p in self._parameters)):
-                dist.all_reduce(tensor)
 
     def _update(self) -> None:
         for group, word in zip(self.optimizer.param_groups, self.words, strict=True):

@@ -80,14 +80,19 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the height and width, rounding up: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """Halve the height and width: (B, C, H, W) -> (B, C, H/2, W/2), rounded up in the UNet.
 
-    def __init__(self, channels: int) -> None:
+    The autoencoder was trained with padding on the right and at the bottom only (`symmetric=False`), without
+    which everything would be shifted.
+    """
+
+    def __init__(self, channels: int, symmetric: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.symmetric = symmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))  # left, right, top, bottom
 
 
 class Upsample(nn.Module):

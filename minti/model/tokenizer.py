@@ -23,8 +23,7 @@ import regex
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .placeholders import check_cut, check_placeholder, words_pattern
+from .placeholders import check_cut, check_placeholder, check_text, check_vocabulary, words_pattern
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PROMPT_LENGTH = 77  # tokens, with start and end
@@ -49,12 +48,9 @@ def clean(text: str) -> str:
     """Mend broken Unicode, unescape HTML (twice, as web captions need), squeeze blanks, lower the case.
 
     Raises:
-        InputError: it is no text, or holds bytes that are no UTF-8.
+        InputError: see `check_text`.
     """
-    if not isinstance(text, str):
-        raise InputError(f"{text!r}: a prompt or a word should be text")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise InputError(f"{text!r}: holds bytes that are no UTF-8; give it in UTF-8")
+    check_text(text)
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return regex.sub(r"\s+", " ", text).strip().lower()
 
@@ -111,10 +107,7 @@ class Tokenizer:
         max_length: int = PROMPT_LENGTH,
         source: str = "tokenizer",
     ) -> None:
-        for symbol in (self.start, self.end, pad):
-            if symbol not in vocab:
-                why = f"the vocabulary has no {symbol!r}; is it {self.kind}'s tokenizer?"
-                raise InputError(f"{source}: {why}")
+        check_vocabulary(vocab, (self.start, self.end, pad), source, self.kind)
         self.vocab, self.max_length = vocab, max_length
         self.start_id, self.end_id, self.pad_id = vocab[self.start], vocab[self.end], vocab[pad]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
@@ -137,26 +130,19 @@ class Tokenizer:
         self._prompt_ids = lru_cache(maxsize=10_000)(self._encode_prompt)
 
     def add_placeholder(self, word: str, ids: Iterable[int], *, replace: bool = False) -> None:
-        """Let a word stand for the given ids, one for each of its vectors.
-
-        It is found wherever it stands alone: next to punctuation ("<toy>.", "(*)"), but a word of letters or
-        digits not inside a longer one ("sks" is not in "tasks"). The case is ignored. Of two words that could
-        begin at the same place the longer one is taken.
+        """Let a word stand for the given ids, one for each of its vectors, wherever it stands alone.
 
         Args:
-            word: any text without line breaks, "<toy>", "*", "sks-7".
+            word: any text without line breaks, "<toy>", "*", "sks-7"; see `words_pattern`.
             ids: consecutive ids above the vocabulary, normally.
             replace: allow a word that means something already.
 
         Raises:
-            InputError: an empty word; one in use already; one that is a word of the vocabulary (such as
-                "cat", which would lose its meaning), unless `replace` is set.
+            InputError: an empty word; or, unless `replace` is set, one that is in use, or a word of the
+                vocabulary (such as "cat", which would lose its meaning).
         """
         key = clean(word)
-        if not key:
-            raise InputError(f"placeholder {word!r} is empty; choose something like <toy>")
-        if not replace:
-            check_placeholder(word, key, self.encode(key), self.placeholders, self.unknown_id)
+        check_placeholder(word, key, self, replace)
         self.placeholders = self.placeholders | {key: ids}
 
     def _encode_word(self, word: str) -> tuple[int, ...]:

@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention
-from .blocks import ResnetBlock, Upsample
+from .blocks import Downsample, ResnetBlock, Upsample
 from .config import VAEConfig
 from .tiles import decode_in_tiles
 
 EPS = 1e-6  # of every GroupNorm here; the UNet's residual blocks have 1e-5
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """The normal distribution q(z|x) that the encoder gives for each picture: mean and std, (B, C, h, w)."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw z = mean + std * noise, (B, C, h, w).
-
-        The noise is drawn in float32 on the generator's device, so one on the CPU gives the same on any
-        machine.
-        """
-        device = generator.device if generator else self.mean.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        """Draw z = mean + std * noise, (B, C, h, w), with noise from the device of the generator."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=generator and generator.device)
         return self.mean + self.std * noise.to(self.mean)
-
-
-class Downsample(nn.Module):
-    """Halve the height and width: (B, C, H, W) -> (B, C, H/2, W/2)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Trained with padding on the right and at the bottom only; the symmetric kind would shift everything.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class VAEAttention(Attention):
@@ -88,7 +70,9 @@ class VAEBlock(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock(c_in if i == 0 else c_out, c_out, groups, EPS) for i in range(layers)
         )
-        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample is Downsample else [])
+        self.downsamplers = nn.ModuleList(
+            [Downsample(c_out, symmetric=False)] if resample is Downsample else []
+        )
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample is Upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from unicodedata import category
 
 import regex
 
-from ..errors import InputError
+from .placeholders import check_vocabulary
 from .tokenizer import PROMPT_LENGTH, Tokenizer, clean
 
 PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -88,8 +88,7 @@ class WordPieceTokenizer(Tokenizer):
         self, vocab: dict[str, int], max_length: int = PROMPT_LENGTH, source: str = "tokenizer"
     ) -> None:
         super().__init__(vocab, merges=(), pad=PAD, max_length=max_length, source=source)
-        if UNKNOWN not in vocab:
-            raise InputError(f"{source}: the vocabulary has no {UNKNOWN!r}; is it BERT's tokenizer?")
+        check_vocabulary(vocab, [UNKNOWN], source, self.kind)
         self.unknown_id = vocab[UNKNOWN]
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
