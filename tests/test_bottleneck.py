@@ -12,9 +12,10 @@ import minti
 from minti.errors import InputError
 from minti.formats.photos import load_photos
 from minti.formats.views import make_views
-from minti.inversion.batches import Settings, Word, loss_inputs, sample_batch
+from minti.inversion.batches import Settings, Word, sample_batch
 from minti.inversion.latents import encode_views
 from minti.inversion.learn import diffusion_loss
+from minti.inversion.shares import loss_inputs
 from minti.inversion.start import word_rows
 from minti.model.stable_diffusion import StableDiffusion
 from tools import bottleneck

@@ -39,19 +39,19 @@ BESIDE = {
     "inversion/from_photos.py": "`minti.learn`, which calls the others in order",
     "inversion/divergence.py": "notices that training has gone wrong",
     "inversion/state.py": "saves and restores a run",
+    "inversion/prompt_variants.py": "prompts of the bare word or with a word for the photo",
     "inversion/shares.py": "several processes, batches that are added up",
     "inversion/settings.py": "the options of a run, with their checks",
     "inversion/clip_objective.py": "a rival: the objective of CLIP",
     "inversion/new_words.py": "refuses words that do not fit into their prompts",
-    "inversion/init_tokens.py": "tells of init words that the vocabulary lacks",
-    "inversion/other_starts.py": "starts that are not a word",
+    "inversion/start.py": "where the rows of a word start",
     "inversion/extensions.py": "options that are off by default",
     "inversion/optimizers.py": "chooses the optimizer, and has one of its own",
     "inversion/templates.py": "reads lists of prompts",
 }
 """Files of model/ and inversion/ that are no part of the method, besides the kernels, with the reason."""
 
-READING_PATH = 2220  # falls to 2000 as the rooms are tidied
+READING_PATH = 2000
 LINES = 16_800
 FILE_LINES = 300
 TOO_LONG: dict[str, int] = {}

@@ -22,14 +22,15 @@ import minti
 from minti import Concept, InputError, StableDiffusion
 from minti.formats.photos import load_photos
 from minti.formats.views import make_views
-from minti.inversion import inversion as inversion_module
-from minti.inversion.batches import Batch, Settings, Word, photo_word, sample_batch
+from minti.inversion import shares
+from minti.inversion.batches import Batch, Settings, Word, sample_batch
 from minti.inversion.divergence import Diverged
 from minti.inversion.inversion import Inversion
 from minti.inversion.latents import Latents, encode_views
 from minti.inversion.learn import diffusion_loss, learn_word
 from minti.inversion.optimizers import DirectionDescent
-from minti.inversion.other_starts import initial_rows
+from minti.inversion.prompt_variants import photo_word
+from minti.inversion.start import initial_rows
 from minti.inversion.templates import OBJECT
 
 from .oracles import pipeline, save_folder
@@ -394,7 +395,7 @@ def test_words_for_single_photos(load: Callable) -> None:
     inversion = Inversion(sd, [word], Settings(per_image=1.0, batch_size=2))
     rows = inversion.photo_rows[0]
     assert [p.shape for p in rows] == [(1, 32)] * 3
-    assert {photo_word(word, i) for i in range(3)} <= set(sd.tokenizer.placeholders)
+    assert {photo_word(word.placeholder, i) for i in range(3)} <= set(sd.tokenizer.placeholders)
     starts = torch.cat(rows).detach().clone()
     torch.testing.assert_close(starts.std(), table.std(), rtol=0.5, atol=0)
     samples = samples_of(sd, word, inversion.settings, 0)
@@ -511,7 +512,7 @@ def test_the_loss_compiles_into_one_graph(
 ) -> None:
     """The same losses and rows. Without a code generator, which would take minutes."""
     graph = partial(torch.compile, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(inversion_module, "compile_for", lambda device, function: graph(function))
+    monkeypatch.setattr(shares, "compile_for", lambda device, function: graph(function))
     results = []
     for compiled in (False, True):
         sd = load()

@@ -21,7 +21,7 @@ from minti.formats.checkpoint import make_plan
 from minti.inversion.batches import Settings, Word, sample_batch
 from minti.inversion.inversion import Inversion
 from minti.inversion.latents import Latents
-from minti.inversion.other_starts import initial_rows
+from minti.inversion.start import initial_rows
 from minti.model.bert import BertConfig
 
 from . import oracles

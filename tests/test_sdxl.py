@@ -24,7 +24,7 @@ from minti.formats.views import make_views
 from minti.inversion.batches import Settings, Word, sample_batch
 from minti.inversion.inversion import Inversion
 from minti.inversion.latents import encode_views
-from minti.inversion.other_starts import initial_rows
+from minti.inversion.start import initial_rows
 
 from . import compare, oracles
 from .compare import assert_parity, assert_same_picture, compare_pictures

@@ -20,7 +20,7 @@ from minti.formats.views import make_views
 from minti.inversion.batches import Settings, Word
 from minti.inversion.inversion import Inversion
 from minti.inversion.latents import encode_views
-from minti.inversion.other_starts import initial_rows
+from minti.inversion.start import initial_rows
 from minti.judge.scorer import Scorer
 from minti.study.classifier import Judge
 from minti.study.concepts import read_concepts

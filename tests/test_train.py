@@ -32,11 +32,11 @@ from minti.cli.processes import Processes
 from minti.cli.yaml_files import RECIPES
 from minti.formats.photos import load_photos
 from minti.formats.views import make_views
-from minti.inversion import inversion
+from minti.inversion import shares
 from minti.inversion.batches import Settings, Word
 from minti.inversion.inversion import Inversion
 from minti.inversion.latents import encode_views
-from minti.inversion.other_starts import initial_rows
+from minti.inversion.start import initial_rows
 from minti.inversion.templates import OBJECT
 from minti.model.model_hash import model_hash
 from minti.model.vae import VAE
@@ -325,7 +325,7 @@ def test_a_word_that_is_replaced(run: Callable) -> None:
 
 def test_the_compiled_loss(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    monkeypatch.setattr(inversion, "compile_for", lambda device, f: compiled.append(f) or f)
+    monkeypatch.setattr(shares, "compile_for", lambda device, f: compiled.append(f) or f)
     run("--steps", "1")
     assert not compiled
     run("--steps", "1", "--compile", "--overwrite")

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..model.stable_diffusion import StableDiffusion
 from .latents import Latents
+from .prompt_variants import vary_prompt
 from .settings import Settings
 from .templates import OBJECT
 
@@ -86,11 +86,6 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def photo_word(word: Word, photo: int) -> str:
-    """The word that belongs to one photo only, "<toy>:0"."""
-    return f"{word.placeholder}:{photo}"
-
-
 def sample_batch(word: Word, settings: Settings, num_train_timesteps: int, count: int, *key: object) -> Batch:
     """Draw samples of a word.
 
@@ -116,23 +111,8 @@ def sample_batch(word: Word, settings: Settings, num_train_timesteps: int, count
     chance = torch.rand(count, 2, generator=g).tolist()
     template = torch.randint(len(word.templates), (count,), generator=g).tolist()
     prompts = []
-    for p, (drop, with_photo), i in zip(photo.tolist(), chance, template, strict=True):
+    for p, i, shares in zip(photo.tolist(), template, chance, strict=True):
         text = (word.captions[p] if word.captions else None) or word.templates[i]
-        if drop < settings.caption_dropout:
-            text = "{}"
-        if with_photo < settings.per_image:
-            text += f" with {photo_word(word, p)}"
-        prompts.append(text.replace("{}", word.placeholder))
+        prompts.append(vary_prompt(text, word.placeholder, p, settings, *shares))
     shape = (count, *latents.mean.shape[1:])
     return Batch(view, prompts, t, torch.randn(shape, generator=g), torch.randn(shape, generator=g))
-
-
-def loss_inputs(sd: StableDiffusion, words: Sequence[Word], batches: Sequence[Batch]) -> tuple[Tensor, ...]:
-    """What `diffusion_loss` takes: the samples of each word, one word behind the other."""
-    samples = []
-    for word, batch in zip(words, batches, strict=True):
-        batch = batch.to(sd.device)
-        x0, weight, sizes = word.latents_at(batch)
-        ids = to_device(sd.tokenizer(batch.prompts), sd.device)
-        samples.append((x0, batch.eps, batch.t, ids, weight, sizes))
-    return tuple(map(torch.cat, zip(*samples, strict=True)))

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..formats.concept import Concept
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import Tokenizer, clean
-from .batches import Word, photo_word
+from .batches import Word
 from .optimizers import DirectionDescent
-from .other_starts import initial_rows
+from .prompt_variants import photo_word
 from .settings import Settings
+from .start import initial_rows
 from .state import entry
 
 
@@ -31,7 +32,9 @@ def add_photo_words(sd: StableDiffusion, word: Word) -> list[nn.Parameter]:
     """
     count = int(word.latents.photo.max()) + 1
     start = initial_rows(sd, "random", "", count, word.seed)
-    concepts = [Concept(photo_word(word, photo), start[photo : photo + 1]) for photo in range(count)]
+    concepts = [
+        Concept(photo_word(word.placeholder, photo), start[photo : photo + 1]) for photo in range(count)
+    ]
     return list(map(sd.add_concept, concepts))
 
 

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from ..formats.concept import Concept
-from ..model.kernels import compile_for
 from ..model.stable_diffusion import StableDiffusion
 from . import state as saved
-from .batches import Batch, Settings, Word, loss_inputs, sample_batch
+from .batches import Batch, Settings, Word, sample_batch
 from .divergence import Diverged, DivergenceWatch
 from .extensions import Constraints, Progression
-from .learn import diffusion_loss
 from .new_words import add_words
 from .optimizers import make_optimizer, vocabulary_norm
-from .shares import Share
+from .shares import Share, loss_function, loss_inputs
 
 
 class Inversion:
@@ -44,8 +42,7 @@ class Inversion:
         vocabulary_norm: the mean length of the vocabulary's vectors.
 
     Raises:
-        InputError: settings and words do not fit together, or a word does not fit into a prompt; the model
-            knows none of them then.
+        InputError: see `add_words`; the model knows none of the words then.
     """
 
     def __init__(
@@ -77,12 +74,7 @@ class Inversion:
         # float16 has so small a range that gradients vanish unless the loss is scaled up (arXiv 1710.03740).
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
         self._watch = DivergenceWatch(self._parameters, self.rows)
-        sd.unet_input(self.words[0].latents.mean[:1])  # computed once, while the VAE is at hand
-
-        def loss(*inputs: Tensor) -> Tensor:
-            return diffusion_loss(sd, *inputs)
-
-        self._loss = compile_for(sd.device, loss) if compiled else loss
+        self._loss = loss_function(sd, self.words[0].latents.mean[:1], compiled)
 
     def step(self, *, check: bool | None = None) -> Tensor:
         """Take one step. Returns the loss of each word before it, (words,) float32.

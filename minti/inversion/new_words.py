@@ -11,8 +11,9 @@ from ..errors import InputError
 from ..formats.concept import Concept
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import Tokenizer, clean
-from .batches import Settings, Word, photo_word
+from .batches import Settings, Word
 from .extensions import add_photo_words
+from .prompt_variants import photo_word
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,6 @@ def check_prompts(
             raise InputError(f"{what}; choose another, such as <{key}>")
         for other in learned & pieces:
             log.warning("%r and %r influence each other: %r names both", word.placeholder, other, text)
-    extra = f" with {photo_word(word, 0)}" if settings.per_image else ""
+    extra = f" with {photo_word(word.placeholder, 0)}" if settings.per_image else ""
     longest = (*(text + extra for text in own), *templates)
     tokenizer([text.replace("{}", word.placeholder) for text in longest])

@@ -1,12 +1,19 @@
-"""Where the vectors of a new word start: at a word that describes the concept coarsely."""
+"""Where the vectors of a new word start: at a word that describes the concept coarsely, or elsewhere."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+from ..formats.concept import Concept
 from ..model.stable_diffusion import StableDiffusion
-from .init_tokens import init_tokens
+from ..model.tokenizer import Tokenizer
+from .batches import generator
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -28,3 +35,65 @@ def spread(vectors: Tensor, n: int) -> Tensor:
     k = len(vectors)
     parts = [vectors[i * k // n : max((i + 1) * k // n, i * k // n + 1)] for i in range(n)]
     return torch.stack([part.float().mean(0) for part in parts]).cpu()
+
+
+def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1, seed: int = 0) -> Tensor:
+    """Where the rows of a new word start, (num_vectors, D) float32.
+
+    Args:
+        kind: "word": see `word_rows`.
+            "output": the text encoder's output for `word`, spread over the vectors in the same way (Cross
+            Initialization, arXiv 2312.15905).
+            "random": drawn from the normal distribution of the vocabulary's vectors.
+            "file": the vectors of a concept file at the path `word`, however many there are.
+
+    Raises:
+        InputError: `word` is empty or of no use for that kind; a file has another number of vectors than the
+            one, more than 1, that was asked for.
+    """
+    if kind == "word":
+        return word_rows(sd, word, num_vectors)
+    if kind == "output":
+        ids = sd.tokenizer.encode(word)
+        check_tokens(word, ids)
+        return spread(sd.encode_prompt([word])[0, 1 : 1 + len(ids)], num_vectors)  # behind the start token
+    if kind == "random":
+        tables = [table.weight.float() for table in sd.tables]
+        mean, std = (torch.cat([f(table, dim=0) for table in tables]).cpu() for f in (torch.mean, torch.std))
+        return mean + std * torch.randn(num_vectors, len(mean), generator=generator(seed, "init"))
+    if kind == "file":
+        rows = Concept.load(word, width=sum(table.weight.shape[1] for table in sd.tables)).vectors
+        if num_vectors not in (1, len(rows)):
+            raise InputError(f"{word}: has {len(rows)} vectors, num_vectors is {num_vectors}; leave it out")
+        return rows
+    raise InputError(f"init {kind!r}: choose from word, output, random, file")
+
+
+def init_tokens(tokenizer: Tokenizer, phrase: str, num_vectors: int) -> list[int]:
+    """The ids whose vectors a new word starts from.
+
+    A word that the vocabulary lacks is cut into pieces, whose mean means little. Where there are too few
+    vectors for one each, such a word is left out if others remain. Either way a notice says so.
+
+    Raises:
+        InputError: the phrase is empty, or too long.
+    """
+    words, names = list(tokenizer.pieces(phrase)), {i: name for name, i in tokenizer.vocab.items()}
+    cut = {word: ids for word, ids in words if len(ids) > 1 and word not in tokenizer.placeholders}
+    ids = [i for _, ids in words for i in ids]
+    whole = [i for word, ids in words if word not in cut for i in ids]
+    for word, pieces in cut.items() if num_vectors < len(ids) else ():
+        text = ", ".join(repr(names[i].removesuffix("</w>")) for i in pieces)
+        taken = "it is left out" if whole else "their mean is taken; better choose a word that it has"
+        log.warning("init word %r: the vocabulary has no %r, only %s; %s", phrase, word, text, taken)
+    ids = whole if whole and num_vectors < len(ids) else ids
+    check_tokens(phrase, ids)
+    return ids
+
+
+def check_tokens(word: str, ids: list[int]) -> None:
+    """Raise InputError unless these can be the tokens of an init word."""
+    if not ids:
+        raise InputError(f"init word {word!r} is empty; give a coarse description such as toy")
+    if len(ids) > 75:
+        raise InputError(f"init word {word[:60]!r} has {len(ids)} tokens; give a shorter description")

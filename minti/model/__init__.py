@@ -2,6 +2,5 @@
 
 This room knows no file and no training: `formats` fills the modules with weights, and `inversion` learns rows
 for the text encoder's table. Start with `stable_diffusion.py`, which puts the parts together. Beside the
-reading path lie image_encoder, tiles, checks, config_checks, model_hash, kernels/, conditioning, canvas, and
-the parts of SDXL and BERT.
+reading path lie checks, options such as long prompts, tiles and kernels, and parts that few models have.
 """

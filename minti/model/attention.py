@@ -56,7 +56,6 @@ class Attention(nn.Module):
     Args:
         dim: channels of the sequence, and of all heads together.
         context_dim: channels of what the keys and values are projected from.
-        heads: the number of heads; each has dim / heads channels.
         qkv_bias: whether the projections to queries, keys and values have a bias.
         upcast: see `attention`.
     """

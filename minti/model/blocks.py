@@ -80,10 +80,9 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the height and width: (B, C, H, W) -> (B, C, H/2, W/2), rounded up in the UNet.
+    """Halve the height and width: (B, C, H, W) -> (B, C, H/2, W/2), rounded up where padding is symmetric.
 
-    The autoencoder was trained with padding on the right and at the bottom only (`symmetric=False`), without
-    which everything would be shifted.
+    The autoencoder was trained with padding on the right and at the bottom only: all else shifts the picture.
     """
 
     def __init__(self, channels: int, symmetric: bool = True) -> None:
@@ -145,11 +144,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context_kv: Tensor) -> Tensor:
-        """(B, N, dim) -> (B, N, dim).
-
-        Args:
-            context_kv: (B, L, 2*dim), what `attn2` projects the prompt to: keys, then values.
-        """
+        """(B, N, dim) pixels, and (B, L, 2*dim) keys and values of the prompt side by side -> (B, N, dim)."""
         k, v = context_kv.chunk(2, dim=-1)
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), (k, v))
@@ -160,9 +155,7 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, with a shortcut around all of them.
 
     Args:
-        config: of the UNet.
         channels: of the feature map, and in all attention heads together.
-        heads: the number of attention heads.
         depth: the number of transformer blocks.
     """
 
@@ -193,5 +186,5 @@ class SpatialTransformer(nn.Module):
 
     @staticmethod
     def _project(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-        # A 1x1 convolution (SD 1.x) is the same as a matrix product at every pixel (SD 2.x).
+        # A 1x1 convolution (SD 1.x) is a matrix product at every pixel (SD 2.x).
         return F.linear(x, layer.weight.flatten(1), layer.bias)

@@ -126,24 +126,19 @@ class StableDiffusion:
         *,
         seed: int = 0,
         num_images: int = 1,
-        batch_size: int = 4,
         **options: Any,
     ) -> list[Image.Image]:
         """Make pictures, `num_images` of each prompt, in order. Image i of each prompt has seed `seed + i`.
 
         Args:
             prompt: one prompt or several.
-            batch_size: pictures made at a time; changes memory and speed, not the pictures.
-            options: `steps`, `guidance_scale`, `negative_prompt`, `size` and others of `denoise`.
-
-        Returns:
-            List of pictures in RGB.
+            options: `steps`, `guidance_scale`, `negative_prompt`, `size` and others of `sample_each`.
         """
         check_number("num_images", num_images, int, 1)
         check_number("seed", seed, int, 0)
         prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
         each = [(p, seed + i) for p in prompts for i in range(num_images)]
-        return list(self.sample_each(each, batch_size=batch_size, **options))
+        return list(self.sample_each(each, **options))
 
     def sample_each(
         self,
@@ -153,10 +148,11 @@ class StableDiffusion:
         on_step: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> Iterator[Image.Image]:
-        """Make pictures one after another, `batch_size` at a time.
+        """Make pictures one after another.
 
         Args:
             each: the prompt and the seed of each picture.
+            batch_size: pictures made at a time; changes memory and speed, not the pictures.
             on_step: called after each DDIM step of each batch.
             options: those of `denoise`.
         """
@@ -252,12 +248,7 @@ class StableDiffusion:
         return predict
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's output for noisy latents.
-
-        Args:
-            x_t: (B, C, h, w), converted to the model's dtype.
-            t: (B,) time steps.
-            conditioning: from `condition`.
+        """The UNet's output for noisy latents x_t, (B, C, h, w), at time steps t, (B,).
 
         Returns:
             (B, C, h, w) float32: eps, v or x0, see `Schedule.target`.

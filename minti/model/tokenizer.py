@@ -62,11 +62,7 @@ def merge(parts: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[st
     ['hug', 's</w>']
 
     The first round joins "u" and "g", the second "h" and "ug"; then "g" and "s</w>" are no neighbours any
-    more.
-
-    Args:
-        parts: the symbols of the word.
-        ranks: pair -> when it was learned.
+    more. The ranks tell of each pair when it was learned.
     """
     parts = list(parts)
     while known := [pair for pair in itertools.pairwise(parts) if pair in ranks]:

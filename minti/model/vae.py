@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,11 +57,7 @@ class MidBlock(nn.Module):
 class VAEBlock(nn.Module):
     """One level of the way down or up: residual blocks, then a change of resolution, if there is one.
 
-    Args:
-        c_in, c_out: channels before and after.
-        layers: the number of residual blocks.
-        groups: of the GroupNorms.
-        resample: the change of resolution.
+    (B, c_in, H, W) -> (B, c_out, H or H/2 or 2H, W or W/2 or 2W).
     """
 
     def __init__(
@@ -70,15 +67,21 @@ class VAEBlock(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock(c_in if i == 0 else c_out, c_out, groups, EPS) for i in range(layers)
         )
-        self.downsamplers = nn.ModuleList(
-            [Downsample(c_out, symmetric=False)] if resample is Downsample else []
-        )
+        down = [Downsample(c_out, symmetric=False)] if resample is Downsample else []
+        self.downsamplers = nn.ModuleList(down)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample is Upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
         for module in (*self.resnets, *self.downsamplers, *self.upsamplers):
             x = module(x)
         return x
+
+
+def levels(channels: Sequence[int], layers: int, groups: int, resample: type[nn.Module]) -> nn.Sequential:
+    """A `VAEBlock` for each level, all but the last with a change of resolution."""
+    steps = [resample] * (len(channels) - 1) + [None]
+    widths = zip((channels[0], *channels), channels, steps, strict=False)
+    return nn.Sequential(*(VAEBlock(c_in, c_out, layers, groups, step) for c_in, c_out, step in widths))
 
 
 class Encoder(nn.Module):
@@ -88,20 +91,14 @@ class Encoder(nn.Module):
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        resample = [Downsample] * (len(channels) - 1) + [None]
-        self.down_blocks = nn.ModuleList(
-            VAEBlock(c_in, c_out, config.layers_per_block, groups, step)
-            for c_in, c_out, step in zip(channels[:1] + channels, channels, resample, strict=False)
-        )
+        self.down_blocks = levels(channels, config.layers_per_block, groups, Downsample)
         self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -112,18 +109,12 @@ class Decoder(nn.Module):
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
-        resample = [Upsample] * (len(channels) - 1) + [None]
-        self.up_blocks = nn.ModuleList(
-            VAEBlock(c_in, c_out, config.layers_per_block + 1, groups, step)
-            for c_in, c_out, step in zip(channels[:1] + channels, channels, resample, strict=False)
-        )
+        self.up_blocks = levels(channels, config.layers_per_block + 1, groups, Upsample)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        z = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            z = block(z)
+        z = self.up_blocks(self.mid_block(self.conv_in(z)))
         return self.conv_out(F.silu(self.conv_norm_out(z)))
 
 
@@ -149,11 +140,7 @@ class VAE(nn.Module):
         return self.quant_conv.weight.dtype
 
     def encode(self, pixels: Tensor) -> Moments:
-        """Encode pictures.
-
-        Args:
-            pixels: (B, 3, H, W) in [-1, 1], H and W multiples of `config.downscale`.
-        """
+        """(B, 3, H, W) pixels in [-1, 1] -> (B, C, h, w); H and W are multiples of `config.downscale`."""
         mean, log_variance = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
         return Moments(mean, (0.5 * log_variance.clamp(-30, 20)).exp())
 

@@ -19,7 +19,7 @@ from ..formats.photos import Photo, load_photos
 from ..formats.views import RANDOM_CROPS, View, make_views
 from ..inversion.batches import Word
 from ..inversion.latents import Latents, encode_views
-from ..inversion.other_starts import initial_rows
+from ..inversion.start import initial_rows
 from ..inversion.templates import load_templates
 from ..model.stable_diffusion import StableDiffusion
 from .run_word import RunWord

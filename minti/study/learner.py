@@ -20,7 +20,7 @@ from ..inversion.clip_objective import ClipInversion, ClipTarget, check_same_enc
 from ..inversion.divergence import Diverged
 from ..inversion.inversion import Inversion
 from ..inversion.latents import Latents, encode_views
-from ..inversion.other_starts import initial_rows
+from ..inversion.start import initial_rows
 from ..inversion.templates import load_templates
 from ..judge.scorer import Scorer
 from ..model.stable_diffusion import StableDiffusion

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..inversion import state as saved
-from ..inversion.batches import Settings, Word, loss_inputs, sample_batch
+from ..inversion.batches import Settings, Word, sample_batch
 from ..inversion.divergence import Diverged
-from ..inversion.learn import diffusion_loss
-from ..model.kernels import compile_for
+from ..inversion.shares import loss_function, loss_inputs
 from ..model.stable_diffusion import StableDiffusion
 
 # The weights of the UNet that may be tuned. Keys and values of cross-attention are all that sees the prompt;
@@ -109,12 +108,7 @@ class Tuner:
         self._masters, how = masters, {"lr": settings.lr, "weight_decay": settings.weight_decay}
         self.optimizer = torch.optim.AdamW(masters, **how)
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
-        sd.unet_input(instance.latents.mean[:1])  # computed once, outside of the compiled graph
-
-        def loss(*inputs: Tensor) -> Tensor:
-            return diffusion_loss(sd, *inputs)
-
-        self._loss = compile_for(sd.device, loss) if compiled else loss
+        self._loss = loss_function(sd, instance.latents.mean[:1], compiled)
 
     def step(self) -> tuple[float, float | None, float]:
         """Take one step. Returns, of before it: the loss of the thing and of its class, the gradient's norm.

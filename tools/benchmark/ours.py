@@ -10,7 +10,7 @@ from minti.formats.views import make_views
 from minti.inversion.batches import Batch, Settings, Word, sample_batch
 from minti.inversion.inversion import Inversion
 from minti.inversion.latents import encode_views
-from minti.inversion.other_starts import initial_rows
+from minti.inversion.start import initial_rows
 from minti.model import kernels
 
 from .jobs import Job
