@@ -12,7 +12,6 @@ from .cli.command import run_command
 from .cli.model_options import OF_A_MODEL, laid_over, load_model
 from .cli.options import Options, number, size
 from .cli.processes import Processes
-from .cli.work_folder import WorkFolder
 from .errors import InputError
 from .formats.atomic import write_atomically
 from .formats.checkpoint import choose_device
@@ -135,16 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         photos = load_photos(args.images)
         scorer, plan, models = make_plan(args, words, style)
         benchmark = Benchmark.make(scorer, (photo.open() for photo in photos), plan.prompts)
-        with WorkFolder(
-            out,
-            "minti.evaluate",
-            vars(args),
-            defaults=opts.defaults,
-            made=lambda settings: MADE,
-            may_differ=MAY_DIFFER,
-            signature=("references",),
-            active=processes.rank == 0,
-        ) as folder:
+        how = {"may_differ": MAY_DIFFER, "signature": ("references",), "active": processes.rank == 0}
+        with opts.folder(out, args, MADE, **how) as folder:
             folder.check(resume=True, overwrite=args.overwrite)
             folder.begin()
             store = PictureStore(out / "pictures")

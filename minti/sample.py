@@ -20,7 +20,6 @@ from .cli.images import COLUMNS, encode_png, image_grid, thumbnails
 from .cli.model_options import laid_over, load_model_with_words
 from .cli.options import Options, number, size
 from .cli.progress import Progress
-from .cli.work_folder import WorkFolder
 from .edit.clip_guidance import ClipGuidance
 from .edit.inverting import encode_mean
 from .edit.region import as_tensor
@@ -208,16 +207,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"more than {MOST_PICTURES:,} pictures; lower --num-images or --rank-by-clip")
     planned = plan_pictures(args.prompt, args.seed, args.num_images, args.rank_by_clip)
     start, out = time.monotonic(), Path(args.out)
-    folder = WorkFolder(
-        out,
-        "minti.sample",
-        vars(args),
-        defaults=opts.defaults,
-        made=lambda settings: files_made(opts.defaults | settings),
-        may_differ=MAY_DIFFER,
-        signature=("rank_by_clip", "prompt"),
-    )
-    with folder:
+    how = {"may_differ": MAY_DIFFER, "signature": ("rank_by_clip", "prompt")}
+    with opts.folder(out, args, files_made, **how) as folder:
         begun = folder.check(resume=True, overwrite=args.overwrite)
         todo = [c for c in planned if not (begun and any((out / p.file).exists() for p in c))]
         sd, concepts = load(args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..formats.checkpoint import DTYPES
 from ..model import kernels
 from ..version import __version__
+from .work_folder import WorkFolder
 from .yaml_files import is_text, read_yaml
 
 PATHS = ("DIR", "PATH", "FILE|RUN", "NAME|FILE")  # the metavars of options that are paths
@@ -38,6 +39,7 @@ class Options:
     """
 
     def __init__(self, command: str, description: str) -> None:
+        self._command = command
         self._parser = Parser(
             prog=f"python -m {command}", description=description, argument_default=argparse.SUPPRESS
         )
@@ -126,6 +128,26 @@ class Options:
     def defaults(self) -> dict[str, Any]:
         """The default of every option."""
         return dict(self._defaults)
+
+    def folder(
+        self,
+        path: str | Path,
+        args: argparse.Namespace,
+        made: Sequence[str] | Callable[[dict[str, Any]], Sequence[str]],
+        **how: Any,
+    ) -> WorkFolder:
+        """The `WorkFolder` at a path, for a command with these options.
+
+        Args:
+            made: the names of all files and folders that the command makes, or a function from the values of
+                all options to them.
+            how: `may_differ`, `signature` and `active`, see there.
+        """
+
+        def names(settings: Mapping[str, Any]) -> Sequence[str]:
+            return made(self._defaults | settings) if callable(made) else made
+
+        return WorkFolder(path, self._command, vars(args), defaults=self._defaults, made=names, **how)
 
     def file_only(self, name: str) -> None:
         """Declare a key that only a config file can give; it is passed on as it is."""

@@ -236,14 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     opts = options()
     args = opts.parse(argv, required=["checkpoint", "image", "prompt", "out"])
     check_mode(args, opts.defaults)
-    with WorkFolder(
-        args.out,
-        "minti.edit",
-        vars(args),
-        defaults=opts.defaults,
-        made=lambda settings: files_made(opts.defaults | settings),
-        may_differ=MAY_DIFFER,
-        signature=("image", "prompt"),
+    with opts.folder(
+        args.out, args, files_made, may_differ=MAY_DIFFER, signature=("image", "prompt")
     ) as folder:
         editor = Editor(args, folder, folder.check(resume=True, overwrite=args.overwrite))
         editor.with_mask() if args.mask else editor.without_mask()

@@ -35,36 +35,38 @@ def _sd2_layers(count: int, hidden: int, whole: bool) -> int:
     return min(count, 23) if hidden == 1024 else count - 1 if whole else count
 
 
-def text_config(shapes: Shapes, *, is_sd2: bool = False) -> TextConfig:
-    """From the keys of the Hugging Face layout (`text_model.encoder.layers...`)."""
-    vocab_size, hidden = shapes["text_model.embeddings.token_embedding.weight"]
-    count = _count(shapes, r"text_model\.encoder\.layers\.(\d+)\.")
+def _clip_text(
+    tokens: tuple[int, ...], mlp: tuple[int, ...], positions: tuple[int, ...], layers: int, hidden_act: str
+) -> TextConfig:
+    vocab_size, hidden = tokens
     return TextConfig(
-        vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=_sd2_layers(count, hidden, whole=False) if is_sd2 else count,
+        intermediate_size=mlp[0],
+        num_hidden_layers=layers,
         num_attention_heads=max(1, hidden // 64),
-        max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
-        hidden_act="gelu" if is_sd2 else "quick_gelu",
+        hidden_act=hidden_act,
+        vocab_size=vocab_size,
+        max_position_embeddings=positions[0],
         eos_token_id=min(vocab_size, 49408) - 1,
     )
+
+
+def text_config(shapes: Shapes, *, is_sd2: bool = False) -> TextConfig:
+    """From the keys of the Hugging Face layout (`text_model.encoder.layers...`)."""
+    keys = ("embeddings.token_embedding", "encoder.layers.0.mlp.fc1", "embeddings.position_embedding")
+    found = [shapes[f"text_model.{key}.weight"] for key in keys]
+    count = _count(shapes, r"text_model\.encoder\.layers\.(\d+)\.")
+    layers = _sd2_layers(count, found[0][-1], whole=False) if is_sd2 else count
+    return _clip_text(*found, layers, "gelu" if is_sd2 else "quick_gelu")
 
 
 def openclip_text_config(shapes: Shapes) -> TextConfig:
     """From the keys of OpenCLIP (`transformer.resblocks...`), as Stable Diffusion 2 uses it."""
-    vocab_size, hidden = shapes["token_embedding.weight"]
+    keys = ("token_embedding.weight", "transformer.resblocks.0.mlp.c_fc.weight", "positional_embedding")
+    found = [shapes[key] for key in keys]
     count = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
-    return TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        num_hidden_layers=_sd2_layers(count, hidden, whole="text_projection" in shapes),
-        num_attention_heads=max(1, hidden // 64),
-        max_position_embeddings=shapes["positional_embedding"][0],
-        hidden_act="gelu",
-        eos_token_id=min(vocab_size, 49408) - 1,
-    )
+    layers = _sd2_layers(count, found[0][-1], whole="text_projection" in shapes)
+    return _clip_text(*found, layers, "gelu")
 
 
 def openai_text_config(shapes: Shapes) -> TextConfig:

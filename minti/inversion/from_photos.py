@@ -84,16 +84,10 @@ def learn(
     photos = load_photos(images) if isinstance(images, str | Path) else [_as_photo(x) for x in images]
     if not photos:
         raise InputError("images is empty; three to five photos of one concept are best")
-    size = sd.check_size(size)[0]
-    word = Word(
-        placeholder,
-        word_rows(sd, init_word, num_vectors),
-        encode_views(sd, make_views(photos, size, flip=True, seed=seed)),
-        load_templates(templates),
-        [photo.caption for photo in photos],
-        lr=lr,
-        seed=seed,
-    )
+    views = make_views(photos, sd.check_size(size)[0], flip=True, seed=seed)
+    rows, latents = word_rows(sd, init_word, num_vectors), encode_views(sd, views)
+    captions = [photo.caption for photo in photos]
+    word = Word(placeholder, rows, latents, load_templates(templates), captions, lr, seed)
     inversion = Inversion(sd, [word], options, replace=replace)
     for step in range(options.steps):
         loss = inversion.step()

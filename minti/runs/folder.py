@@ -84,16 +84,8 @@ def run_folder(
             remedy = "start another run with --init file --init-word .../learned_embeds.safetensors"
             raise InputError(f"{path}: {change}, but {ended[0]} by then; {remedy}")
         may_differ.append("steps")
-    return WorkFolder(
-        out,
-        "minti.train",
-        settings,
-        defaults=defaults,
-        made=made,
-        may_differ=may_differ,
-        signature=SIGNATURE,
-        active=active,
-    )
+    how = {"may_differ": may_differ, "signature": SIGNATURE, "active": active}
+    return WorkFolder(out, "minti.train", settings, defaults=defaults, made=made, **how)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -70,25 +70,12 @@ def load_word(
         start = initial_rows(sd, spec["init"], spec["init_word"], spec["num_vectors"], spec["seed"])
     how = {"crop": crop, "flip": flip, "seed": spec["seed"]}
     latents, photos_hash, sheet = encode_photos(sd, photos, templates, size, **how)
-    word = Word(
-        spec["learning_name"],
-        start,
-        latents,
-        templates,
-        [photo.caption for photo in photos],
-        lr=spec["lr"] * lr_scale,
-        seed=spec["seed"],
-    )
+    captions, lr = [photo.caption for photo in photos], spec["lr"] * lr_scale
+    word = Word(spec["learning_name"], start, latents, templates, captions, lr, spec["seed"])
     count = len(latents.photo)
     log.info("%s: %d photos, %d views of %d pixels", spec["placeholder"], len(photos), count, size)
-    learned = RunWord(
-        word,
-        spec["placeholder"],
-        out / spec["name"],
-        "" if spec["init"] == "random" else spec["init_word"],
-        photos_hash,
-    )
-    return learned, sheet
+    init_word = "" if spec["init"] == "random" else spec["init_word"]
+    return RunWord(word, spec["placeholder"], out / spec["name"], init_word, photos_hash), sheet
 
 
 def encode_photos(

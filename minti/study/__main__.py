@@ -13,7 +13,6 @@ from ..cli.command import run_command
 from ..cli.model_options import laid_over, load_model
 from ..cli.options import Options, Parser, number
 from ..cli.processes import Processes
-from ..cli.work_folder import WorkFolder
 from ..cli.yaml_files import RECIPES, read_yaml
 from ..errors import InputError
 from ..judge.picture_jobs import Protocol
@@ -141,16 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = Study(plan, sd, scorer, judge, Path(args.out), compiled=args.compile)
         study.check()
         args.made_of = study.made_of()
-        with WorkFolder(
-            args.out,
-            "minti.study",
-            vars(args),
-            defaults=opts.defaults,
-            made=lambda settings: MADE,
-            may_differ=MAY_DIFFER,
-            signature=("setups",),
-            active=processes.rank == 0,
-        ) as folder:
+        how = {"may_differ": MAY_DIFFER, "signature": ("setups",), "active": processes.rank == 0}
+        with opts.folder(args.out, args, MADE, **how) as folder:
             folder.check(resume=True, overwrite=args.overwrite)
             folder.begin()
             processes.wait()

@@ -86,15 +86,9 @@ class Learner:
         if key not in self._latents:
             views = make_views(photos, self.sd.image_size[0], crop=v.crop, flip=v.flip, seed=v.seed)
             self._latents[key] = encode_views(self.sd, views)
-        return Word(
-            placeholder,
-            initial_rows(self.sd, v.init, v.init_word, v.num_vectors, v.seed),
-            self._latents[key],
-            load_templates(v.templates),
-            [photo.caption for photo in photos],
-            lr=v.lr,
-            seed=v.seed,
-        )
+        rows = initial_rows(self.sd, v.init, v.init_word, v.num_vectors, v.seed)
+        templates, captions = load_templates(v.templates), [photo.caption for photo in photos]
+        return Word(placeholder, rows, self._latents[key], templates, captions, v.lr, v.seed)
 
     def _inversion(self, words: Sequence[Word], group: Group) -> Inversion:
         if group.settings.objective == "diffusion":

@@ -191,15 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, key) is None:
             raise InputError(f"--{key} must be given; see --help")
     args.steps = args.steps or (800 if args.class_prompt else 400)
-    with WorkFolder(
-        args.out,
-        "minti.tune",
-        vars(args),
-        defaults=opts.defaults,
-        made=lambda _: MADE,
-        may_differ=MAY_DIFFER,
-        signature=("max_grad_norm",),
-    ) as folder:
+    with opts.folder(args.out, args, MADE, may_differ=MAY_DIFFER, signature=("max_grad_norm",)) as folder:
         folder.check(resume=args.resume, overwrite=args.overwrite)
         try:
             done = tune(args, folder)
