@@ -94,15 +94,11 @@ class Preprocess:
         Pillow's bicubic filter widens as the picture shrinks, so fine patterns do not alias. Of an odd number
         of surplus rows one more goes at the end, as in transformers; in OpenAI's code sometimes at the start.
         """
-        short = min(image.size)
-        image = image.resize(
-            [int(self.resize * side / short) for side in image.size], Image.Resampling.BICUBIC
-        )
+        size = [int(self.resize * side / min(image.size)) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = ((side - self.crop) // 2 for side in image.size)
         image = image.crop((left, top, left + self.crop, top + self.crop))
-        pixels = (
-            torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
-        )  # (H, W, 3) -> (3, H, W)
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255  # (3, H, W)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (pixels - mean) / std
 
@@ -182,11 +178,8 @@ def _plan_transformers(path: Path) -> Planned:
 
     def config(half: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
         # The oldest configs repeat the half that counts under another name.
-        told = {
-            **raw[half],
-            **(raw.get(f"{half}_dict") or {}),
-            "projection_dim": raw.get("projection_dim", 512),
-        }
+        told = {**raw[half], **(raw.get(f"{half}_dict") or {})}
+        told["projection_dim"] = raw.get("projection_dim", 512)
         return {"num_hidden_layers": 12, **defaults, **told}
 
     with naming(source, "a whole CLIP model"), torch.device("meta"):

@@ -20,9 +20,8 @@ def read_tokenizer(path: str | Path, pad: str | None = None) -> Tokenizer:
 
     A folder holds `vocab.json` and `merges.txt`, or BERT's `vocab.txt`, or `tokenizer.json` of either. The
     padding token of a CLIP comes from `special_tokens_map.json` or `tokenizer_config.json` unless `pad` names
-    it. Words that were added to the
-    vocabulary later come from `added_tokens.json` or `tokenizer.json`; `w`, `w_1`, `w_2`, ... are the vectors
-    of one word w, as diffusers saves them.
+    it. Words that were added to the vocabulary later come from `added_tokens.json` or `tokenizer.json`; `w`,
+    `w_1`, `w_2`, ... are the vectors of one word w, as diffusers saves them.
 
     Raises:
         InputError: naming the file that is missing, damaged or of another kind of tokenizer.
