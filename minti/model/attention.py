@@ -30,6 +30,7 @@ def attention(
     if upcast:
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # -> (B, heads, N or M, d)
+    # PyTorch's, or the kernel that `kernels.use` has chosen, which does not compute in float32.
     compute = F.scaled_dot_product_attention if upcast else kernels.scaled_dot_product_attention
     out = compute(q, k, v, is_causal=causal)
     return out.transpose(1, 2).flatten(2).to(dtype)  # (B, heads, N, d) -> (B, N, heads*d)

@@ -20,8 +20,7 @@ class Schedule:
     """The forward process q(x_t | x_0), and its deterministic or stochastic reversal.
 
     Attributes:
-        config: the settings it is computed from.
-        alphas_cumprod: (T,) float32, computed in float64.
+        alphas_cumprod: (T,) float32, the products of all 1 - beta up to t; see `schedules.py`.
     """
 
     def __init__(self, config: ScheduleConfig, device: torch.device | str = "cpu") -> None:
