@@ -26,12 +26,13 @@ from minti.cli.yaml_files import read_yaml
 from minti.formats.concept import Concept
 from minti.formats.photos import load_photos
 from minti.formats.views import make_views
-from minti.inversion.batches import Settings, Word, loss_inputs, sample_batch
+from minti.inversion.batches import Settings, Word, sample_batch
 from minti.inversion.inversion import Inversion
 from minti.inversion.latents import encode_views
 from minti.inversion.learn import diffusion_loss
 from minti.inversion.optimizers import vocabulary_norm
-from minti.inversion.other_starts import initial_rows
+from minti.inversion.shares import loss_inputs
+from minti.inversion.start import initial_rows
 from minti.judge.benchmark import Benchmark
 from minti.judge.prompts import fill, load_prompts
 from minti.judge.scorer import Scorer
