@@ -459,7 +459,7 @@ def test_a_folder_of_another_version(tmp_path: Path, caplog: pytest.LogCaptureFi
     with pytest.raises(InputError, match="limit was None, now it is 2"):
         begin(tmp_path, limit=2)
     assert begin(tmp_path)
-    assert "config.yaml: has no flip, an option of a later version; it is True" in caplog.text
+    assert "lacks options of a later version, which have their defaults: flip is True" in caplog.text
     (tmp_path / "config.yaml").write_text("made_by: minti.test 9.0\nsteps: 3\ndevice: cpu\nwarp: 9\n")
     with pytest.raises(InputError, match="warp was 9, now it is None"):
         begin(tmp_path)

@@ -28,6 +28,7 @@ from minti.cli import work_folder
 from minti.cli.command import run_command
 from minti.formats.atomic import write_atomically
 from minti.runs import trainer
+from minti.runs.options import options, read_saved
 from minti.runs.stop import Stop
 
 from .oracles import save_folder
@@ -727,3 +728,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         write_atomically(tmp_path / "file" / "below", b"content")
     assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("warp: 9", "option 'warp' is unknown; the run was begun by minti.train 0.1"),
+        ("attention: auto", "argument --attention: invalid choice: 'auto'"),
+        ("steps: many", "argument --steps: "),
+    ],
+)
+def test_the_config_of_another_version(text: str, words: str, tmp_path: Path) -> None:
+    """What this version cannot do is said in one line with the file, and the version that could."""
+    (tmp_path / "config.yaml").write_text(f"made_by: minti.train 0.1\n{text}\n")
+    with pytest.raises(InputError) as error:
+        read_saved(options(), tmp_path / "config.yaml")
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'config.yaml'}: ") and words in message
+    assert "the run was begun by minti.train 0.1" in message and "\n" not in message

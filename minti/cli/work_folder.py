@@ -181,9 +181,9 @@ class WorkFolder:
             change = f"{': '.join(path)} was {was!r}, now it is {now!r}"
             remedy = "leave that as it was, or give another --out, or begin anew with --overwrite"
             raise InputError(f"{self.saved}: {change}; {remedy}")
-        for key, value in lacking.items():
-            if value not in (None, [], "") and key not in (*ONCE, *self.may_differ):
-                log.info("%s: has no %s, an option of a later version; it is %s", self.saved, key, value)
+        new = {k: v for k, v in lacking.items() if v not in (None, [], "") and k not in self.may_differ}
+        if told := ", ".join(f"{key} is {value}" for key, value in new.items() if key not in ONCE):
+            log.info("%s: lacks options of a later version, which have their defaults: %s", self.saved, told)
 
     def _lock(self) -> None:
         """Keep other processes out of the folder, until this one ends, whatever ends it."""

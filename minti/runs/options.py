@@ -123,12 +123,21 @@ def watching_settings(values: Mapping[str, Any]) -> Watching:
 
 
 def read_saved(opts: Options, saved: Path) -> dict[str, Any]:
-    """The settings that a run has saved. Raises InputError if an option in them is unknown, and names it."""
+    """The settings that a run has saved.
+
+    Raises:
+        InputError: this version of minti has not one of the options in them, or not its value.
+    """
     config = read_yaml(saved)
+    by = f"the run was begun by {config.get('made_by', 'another version of minti')}"
     known = {*opts.defaults, "concepts", "made_by"}
     if unknown := sorted({*map(str, config)} - known):
-        by = config.get("made_by", "another version of minti")
-        raise InputError(f"{saved}: option {unknown[0]!r} is unknown; the run was begun by {by}")
+        raise InputError(f"{saved}: option {unknown[0]!r} is unknown; {by}")
+    for key in config.keys() & opts.defaults.keys():
+        try:
+            opts.check({key: config[key]})
+        except InputError as error:
+            raise InputError(f"{saved}: {error}; {by}, so continue it with that, or --overwrite it") from None
     return config
 
 
