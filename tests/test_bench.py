@@ -216,10 +216,29 @@ def test_sd15_is_what_minti_takes_for_it(tmp_path):
 
 def test_quality(bench, capsys):
     """The smallest run: every word is measured."""
-    flags = ["--ways", "minti", "direction", "diffusers", "--concepts", "1", "--seeds", "1", "--at", "2"]
+    flags = [
+        "--ways",
+        "minti",
+        "direction",
+        "per layer",
+        "diffusers",
+        "--concepts",
+        "1",
+        "--seeds",
+        "1",
+        "--at",
+        "2",
+    ]
     flags += ["--peer-steps", "3", "--samples", "4", "--num-images", "1", "--steps", "1"]
     rows = bench("--only", "quality", *flags)["rows"]
-    ways = [("start", 0), ("minti", 2), ("direction", 2), ("diffusers", 2), ("diffusers", 3)]
+    ways = [
+        ("start", 0),
+        ("minti", 2),
+        ("direction", 2),
+        ("per layer", 2),
+        ("diffusers", 2),
+        ("diffusers", 3),
+    ]
     assert [(row["way"], row["steps"]) for row in rows] == ways
     for row in rows:
         assert 0 < row["loss"] < 1 and 0 <= row["kept"] <= 1 and 0 <= row["followed"] <= 1

@@ -196,7 +196,10 @@ def test_kohya_and_onetrainer(suffix: str, tmp_path: Path, caplog: pytest.LogCap
     word, rows = one(write(tmp_path / f"one{suffix}", content))
     assert word == "one"
     assert torch.equal(rows, content["emp_params"])
-    assert "left aside emp_params_out, which OneTrainer adds to the text encoder's output" in caplog.text
+    assert (
+        "left aside emp_params_out, which OneTrainer puts in place of the text encoder's output"
+        in caplog.text
+    )
     assert "vectors in it" in refused(write(tmp_path / f"out{suffix}", {"emp_params_out": vectors(2)}))
 
 

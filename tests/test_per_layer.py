@@ -221,6 +221,14 @@ def test_the_commands(optimizer: str, base: Path, tmp_path: Path) -> None:
     assert len([*(tmp_path / "p").glob("*.png")]) == 2
 
 
+def test_learn(base: Path) -> None:
+    sd = minti.load(base / "model", device="cpu")
+    for placeholder in ("<toy>", "<cup>"):
+        word = minti.learn(sd, base / "photos", placeholder, "toy", per_layer=True, steps=1, batch_size=1)
+        assert [*word.widths] == layer_names(sd.unet)
+    assert sd.encode_prompt(["<toy> <cup>"]).shape[-1] == sum(word.widths.values())
+
+
 def test_what_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--per-layer is for --objective diffusion"):
         learn(base, tmp_path / "clip", "--objective", "clip")

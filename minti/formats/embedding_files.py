@@ -103,7 +103,7 @@ def find_words(content: Any, name: str) -> tuple[str, Words, str]:
             if format is PIVOTAL:  # there a word is <s0><s1>..., with a part for each vector
                 count = len(torch.atleast_2d(words[0][1]))
                 words = [("".join(f"<s{i}>" for i in range(count)), rows) for _, rows in words]
-            aside = f"{' and '.join(outputs)}, which OneTrainer adds to the text encoder's output"
+            aside = f"{' and '.join(outputs)}, which OneTrainer puts in place of the text encoder's output"
             return format.name, words, aside if outputs else ""
     if kind := kind_of_keys(content):
         raise refusal(f"it is {kind}")

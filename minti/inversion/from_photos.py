@@ -13,6 +13,7 @@ from ..errors import InputError, check_number
 from ..formats.concept import Concept
 from ..formats.photos import Photo, load_photos
 from ..formats.views import make_views
+from ..model.per_layer import TextEncoderPerLayer
 from ..model.stable_diffusion import StableDiffusion
 from .batches import Settings, Word
 from .inversion import Inversion
@@ -46,6 +47,7 @@ def learn(
     init_word: str,
     *,
     num_vectors: int = 1,
+    per_layer: bool = False,
     lr: float = 5e-3,
     seed: int = 0,
     size: int | None = None,
@@ -62,6 +64,7 @@ def learn(
         placeholder: the new word, such as "<toy>".
         init_word: a coarse description of the concept, such as "toy".
         num_vectors: how many vectors the word stands for.
+        per_layer: give each cross-attention layer of the UNet vectors of its own, see `TextEncoderPerLayer`.
         lr: learning rate of AdamW.
         seed: decides everything random.
         size: pixels to train at; by default what the model was trained on.
@@ -84,6 +87,8 @@ def learn(
     photos = load_photos(images) if isinstance(images, str | Path) else [_as_photo(x) for x in images]
     if not photos:
         raise InputError("images is empty; three to five photos of one concept are best")
+    if per_layer and not isinstance(sd.text_encoder, TextEncoderPerLayer):
+        sd.text_encoder = TextEncoderPerLayer(sd.text_encoder, sd.unet)
     views = make_views(photos, sd.check_size(size)[0], flip=True, seed=seed)
     rows, latents = word_rows(sd, init_word, num_vectors), encode_views(sd, views)
     captions = [photo.caption for photo in photos]

@@ -144,7 +144,7 @@ class Inversion:
         The loss of a training step says little, since it depends mostly on which time steps and noise were
         drawn. With these fixed, it shows how the word gets better (DVAR, arXiv 2302.04841).
         """
-        n, size, sums = self.settings.batch_size, self.settings.eval_size, 0
+        n, size, sums = 4 * self.settings.batch_size, self.settings.eval_size, 0  # without gradients
         drawn = self._draw(size, "evaluation", self.settings.eval_seed)
         for first in range(0, size, n):
             sums = sums + self._losses([batch[first : first + n] for batch in drawn])

@@ -36,6 +36,7 @@ from minti.inversion.start import initial_rows
 from minti.judge.benchmark import Benchmark
 from minti.judge.prompts import fill, load_prompts
 from minti.judge.scorer import Scorer
+from minti.model.per_layer import TextEncoderPerLayer
 from minti.study.classifier import Judge
 from tools.make_tiny import names
 from tools.make_tiny.concepts import object_picture
@@ -54,6 +55,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "average of 100": {"average": 100},
     "output": {"init": "output"},
     "2e-2": {"lr": 2e-2},
+    "per layer": {"per_layer": True},
 }
 """Ways to learn a word, by what they change in the recipe `tiny`."""
 SCORES = ("loss", "kept", "followed", "clip_i", "clip_t", "length")
@@ -111,18 +113,17 @@ class Yardstick:
         self.facts |= {"color2": thing.color2} if thing.color2 else {}
         self.latents = encode_views(self.sd, make_views(photos, size=64, flip=True))
         self.num_images, self.sample_steps = num_images, sample_steps
-        self.vocabulary_norm = vocabulary_norm(self.sd)
-        self.rows = self.sd.add_concept(Concept("<it>", initial_rows(self.sd, "word", self.init_word)))
-        word = Word("<it>", self.rows.clone(), self.latents)
+        self.start = Concept("<it>", initial_rows(self.sd, "word", self.init_word))
+        self.word = Word("<it>", self.start.vectors, self.latents)
         total = self.sd.schedule.config.num_train_timesteps
-        batch = sample_batch(word, Settings(), total, samples, "quality")
-        self.inputs = loss_inputs(self.sd, [word], [batch])
+        self.batch = sample_batch(self.word, Settings(), total, samples, "quality")
 
     @torch.no_grad()
-    def measure(self, rows: Tensor) -> dict[str, float]:
-        """The SCORES of a word's vectors, (1, D)."""
-        self.rows.copy_(rows)
-        parts = zip(*(x.split(32) for x in self.inputs), strict=True)
+    def measure(self, word: Concept) -> dict[str, float]:
+        """The SCORES of a word."""
+        rows = self.sd.add_concept(dataclasses.replace(word, placeholder="<it>"), replace=True)
+        inputs = loss_inputs(self.sd, [self.word], [self.batch])
+        parts = zip(*(x.split(32) for x in inputs), strict=True)
         losses = torch.cat([diffusion_loss(self.sd, *part) for part in parts])
         readings, embeddings, reconstruction = {}, {}, self.benchmark.prompts.reconstruction
         for template in self.benchmark.prompts.templates:
@@ -134,16 +135,20 @@ class Yardstick:
         truth = self.judge.truth(readings, self.facts, reconstruction)
         scores = self.benchmark.score(embeddings, self.name)
         found = (truth.kept, truth.followed, scores.clip_i, scores.clip_t)
-        length = (rows.norm(dim=1).mean() / self.vocabulary_norm).item()
+        length = rows.norm(dim=1).mean().item() / vocabulary_norm(self.sd)
         return dict(
             zip(SCORES, (losses.mean().item(), *(score.value for score in found), length), strict=True)
         )
 
 
-def learn_with_minti(yard: Yardstick, changes: dict[str, Any], seed: int, steps: int) -> tuple[Tensor, float]:
-    """Rows, (1, D), after a run of so many steps, and the seconds these took."""
+def learn_with_minti(
+    yard: Yardstick, changes: dict[str, Any], seed: int, steps: int
+) -> tuple[Concept, float]:
+    """A word after a run of so many steps, and the seconds these took."""
     recipe = read_yaml(Path(minti.__file__).parent / "recipes" / "tiny.yaml") | changes
     sd = minti.load(TINY, device="cpu")
+    if recipe.get("per_layer"):
+        sd.text_encoder = TextEncoderPerLayer(sd.text_encoder, sd.unet)
     start = initial_rows(sd, recipe.get("init", "word"), yard.init_word)
     keys = [f.name for f in dataclasses.fields(Settings) if f.name in recipe]
     settings = Settings(**{key: recipe[key] for key in keys} | {"steps": steps})
@@ -151,7 +156,7 @@ def learn_with_minti(yard: Yardstick, changes: dict[str, Any], seed: int, steps:
     before = time.perf_counter()
     for _ in range(steps):
         inversion.step()
-    return inversion.concept(0).vectors, time.perf_counter() - before
+    return inversion.concept(0), time.perf_counter() - before
 
 
 def learn_with_peer(yard: Yardstick, seed: int, at: Sequence[int]) -> Iterator[tuple[int, Tensor, float]]:
@@ -195,16 +200,17 @@ def compare(
         for seed in range(seeds):
             row = partial(Measured, concept=thing.name, seed=seed)
             if not seed:
-                record(row(way="start", steps=0, seconds=0.0, **yard.measure(yard.rows.clone())))
+                record(row(way="start", steps=0, seconds=0.0, **yard.measure(yard.start)))
             for way in ways:
                 if way == PEER:
                     every = sorted({*(n for n in at if n < peer_steps), peer_steps})
                     for steps, rows, seconds in learn_with_peer(yard, seed, every):
-                        record(row(way=way, steps=steps, seconds=seconds, **yard.measure(rows)))
+                        scores = yard.measure(Concept("<it>", rows))
+                        record(row(way=way, steps=steps, seconds=seconds, **scores))
                     continue
                 for steps in at:
-                    rows, seconds = learn_with_minti(yard, WAYS[way], seed, steps)
-                    record(row(way=way, steps=steps, seconds=seconds, **yard.measure(rows)))
+                    word, seconds = learn_with_minti(yard, WAYS[way], seed, steps)
+                    record(row(way=way, steps=steps, seconds=seconds, **yard.measure(word)))
 
 
 def to_markdown(found: Sequence[Measured]) -> str:
