@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..judge.picture_jobs import Protocol
 from ..judge.prompts import Prompt, PromptList, check_prompt, load_prompts
+from .applications import APPLICATIONS
 from .concepts import ConceptSpec, choose_concepts, read_concepts, table_of, text_of, texts_of
 from .summary import check_claims
 from .variants import Setup, Variant, check_settings, expand, make_variant
@@ -19,6 +20,7 @@ KEYS = (  # what only a recipe can say; it may also give any option of the comma
     *("concepts", "kinds"),  # see `read_concepts`; the kinds to choose among, by default objects
     "prompts",  # the name of a list, or the prompts; or set -> either of them
     *("base", "setups"),  # settings of all words; name -> settings of its words, see `expand`
+    "applications",  # names of APPLICATIONS
     *("captions", "claims"),  # name -> kind of caption, or "init_word"; see `check_claims`
 )
 MOST_REQUESTS = 10_000  # of a study: ways of asking for a concept, each with pictures of every prompt
@@ -75,6 +77,7 @@ class StudyPlan:
     requests: Sequence[Request]
     protocol: Protocol
     claims: Sequence[dict[str, Any]]
+    applications: Sequence[str] = ()
 
 
 def make_plan(
@@ -119,6 +122,9 @@ def make_plan(
     requests = [r for c in concepts for r in requests_for(c, setups, captions, repeats, quick)]
     claims = recipe["claims"] or []
     check_claims(claims, names)
+    applications = texts_of(recipe.get("applications") or [], "applications")
+    if unknown := [name for name in applications if name not in APPLICATIONS]:
+        raise InputError(f"applications: {unknown[0]!r}; there are {', '.join(APPLICATIONS)}")
     return StudyPlan(
         title=text_of(recipe["title"] or "", "title"),
         about=text_of(recipe["about"] or "", "about"),
@@ -128,6 +134,7 @@ def make_plan(
         requests=requests,
         protocol=protocol,
         claims=claims,
+        applications=applications,
     )
 
 

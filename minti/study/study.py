@@ -28,6 +28,7 @@ from ..model import kernels
 from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
 from .answers import People
+from .applications import Applications, Trial
 from .classifier import Judge
 from .concepts import ConceptSpec
 from .learner import Learner
@@ -36,6 +37,7 @@ from .rivals import Rivals
 from .study_report import Report
 from .summary import Outcome, judge_claims, means
 from .variants import Group, Variant, group_words
+from .ways import PLAIN
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class Study:
         self.rivals, self.store = Rivals(sd, scorer, folder), PictureStore(folder / "pictures")
         self.words: dict[Variant, Concept] = {}  # those that are learned
         self.jobs: list[dict[str, PictureJob]] = []  # of each request
+        self.trials: list[Trial] = []
         self._models = models_of(sd, scorer) | ({"probe": model_hash(judge.probe)} if judge else {})
 
     def made_of(self) -> dict[str, str]:
@@ -72,6 +75,8 @@ class Study:
     def check(self) -> None:
         """Raises InputError if any request cannot be carried out, before anything is written."""
         self.sd.schedule.timesteps(self.plan.protocol.steps)
+        if self.plan.applications and not self.judge:
+            raise InputError("applications: only a checkpoint with a probe/, as weights/tiny, can judge them")
         for concept in self.plan.concepts if self.judge else ():
             self.judge.check(concept.facts, concept.name)
         for request in self.plan.requests:
@@ -131,6 +136,16 @@ class Study:
         self.jobs = [self._jobs_for(request, word) for request, word in asked]
         every = [job for of_request in self.jobs for job in of_request.values()]
         make_all(every, self.measure, self.store, processes, self.plan.protocol.steps)
+        if self.plan.applications:
+            named = {r.concept: word for r, word in reversed(asked) if r.variant and r.way == PLAIN}
+            how = self.plan.prompts, self.plan.protocol, self._models
+            words = {concept: named[concept] for concept in self.plan.concepts if concept in named}
+            applications = Applications(self.sd, self.judge, words, *how)
+            self.trials = applications.trials(self.plan.applications)
+            for trial in processes.share(self.trials):
+                trial.job.measure(trial.measure, self.store)
+                log.info("%s: %s", trial.application, trial.about)
+            processes.wait()
 
     def _jobs_for(self, request: Request, word: str) -> dict[str, PictureJob]:
         """The pictures that a request needs. Those of "prompt only" are the same for all concepts."""
@@ -196,7 +211,8 @@ class Study:
         settings = dict(settings)
         settings |= {f"pictures: {key}": value for key, value in asdict(self.plan.protocol).items()}
         settings |= {f"prompts of {name}": source for name, source in self.plan.prompt_names.items()}
-        report = Report(self.plan, rows, outcomes, claims, self.jobs, accuracy, settings, people)
+        findings = [finding for trial in self.trials for finding in trial.findings(self.store)]
+        report = Report(self.plan, rows, outcomes, claims, self.jobs, accuracy, settings, people, findings)
         report.write(self.folder, self.store)
         log.info("report.html and study.json are in %s", self.folder)
         return report

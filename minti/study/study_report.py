@@ -18,6 +18,7 @@ from ..judge.picture_jobs import PictureJob, PictureStore, file_name
 from ..judge.prompts import PromptList
 from ..judge.results import SCORES, score_plot, score_point
 from .answers import PEOPLE, People, people_table
+from .applications import applications_table
 from .recipe import StudyPlan
 from .summary import Outcome, claim_numbers, disagreements, rank_correlation
 
@@ -79,6 +80,9 @@ _EACH = (
     "A caption may get all colours right and never the shape. So here is each attribute by itself, in "
     "pictures of all prompts that do not ask for another; exchanged colours count as wrong."
 )
+_APPLICATIONS = (
+    "What the classifier reads in pictures of each application: the share of pictures, or of facts."
+)
 _PICTURES = "The pictures are not chosen: they are always those of the first seeds."
 
 
@@ -93,6 +97,7 @@ class Report:
         accuracy: how often the classifier is right; see `classifier.Judge`.
         settings: how the study was made.
         people: how people rank the setups.
+        findings: what `applications.Trial.findings` returns, of all trials.
     """
 
     plan: StudyPlan
@@ -103,6 +108,7 @@ class Report:
     accuracy: Mapping[str, float]
     settings: Mapping[str, Any]
     people: People | None = None
+    findings: Sequence[Mapping[str, Any]] = ()
 
     def write(self, folder: Path, store: PictureStore) -> None:
         """Write study.json, strips/ and report.html. Raises OSError if that is not possible."""
@@ -114,12 +120,14 @@ class Report:
             "means": [row.as_json() for row in self.rows],
             "claims": self.claims,
             "people": self.people and asdict(self.people),
+            "applications": list(self.findings),
             "outcomes": [outcome.as_json() for outcome in self.outcomes],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder / "study.json", text.encode())
         strips = self._write_strips(folder / "strips", store)
-        write_atomically(folder / "report.html", self._html(strips).encode(errors="replace"))
+        shown = applications_table(self.findings, store.folder)
+        write_atomically(folder / "report.html", self._html(strips, shown).encode(errors="replace"))
 
     def _write_strips(self, folder: Path, store: PictureStore) -> dict[tuple[str, ...], Path]:
         """Write photos and pictures side by side: of each concept, and of each (concept, name, note)."""
@@ -136,12 +144,13 @@ class Report:
             write_atomically(strips[key], encode_png(image_grid(thumbnails(row), len(row)), {}))
         return strips
 
-    def _html(self, strips: Mapping[tuple[str, ...], Path]) -> str:
+    def _html(self, strips: Mapping[tuple[str, ...], Path], applications: str) -> str:
         judged = any(o.truth for o in self.outcomes)
         sections = [
             ("Reconstruction against editability", _PLOT, plot(self.rows)),
             ("What the sources say, and what came out", _CLAIMS, _claims(self.claims)),
             ("Scores", _SCORES + (_TRUTH + self._accuracy() if judged else ""), html_table(self.rows)),
+            ("Applications", _APPLICATIONS, applications),
             ("What people say", PEOPLE, people_table(self.people, self.rows) if self.people else ""),
             ("Where CLIP misleads", _MISLEADS, self._misleads(strips) if judged else ""),
             ("Pictures", _PICTURES, self._pictures(strips)),

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InputError, check_number
 
 TUNED = ("pivotal", "dreambooth")
-RARE_WORD = "zorp"  # what DreamBooth calls the concept, before the word for its class
+RARE_WORD = "sks"  # what DreamBooth calls the concept, before the word for its class
 
 
 @dataclass(frozen=True)
