@@ -933,6 +933,18 @@ def test_pivotal_tuning_in_a_study_is_that_of_minti_tune(base: Path, tmp_path: P
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_damaged_tuned_weights_are_named(base: Path, tmp_path: Path) -> None:
+    setups = {"pivotal": {"tune": "pivotal", "tune_steps": 1}}
+    recipe = write_recipe(base, tmp_path, setups=setups, captions={}, claims=[], prompts=["red {}"])
+    argv = [recipe, "--out", str(tmp_path / "out"), "--choose", "toy"]
+    study.main(argv)
+    (path,) = (tmp_path / "out" / "tuned").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    shutil.rmtree(tmp_path / "out" / "pictures")
+    with pytest.raises(InputError, match=r"is damaged .* remove it to start again"):
+        study.main(argv)
+
+
 @pytest.mark.parametrize(
     ("setup", "message"),
     [

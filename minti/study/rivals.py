@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..cli.processes import Processes
@@ -20,7 +20,6 @@ from ..edit.inverting import encode_mean
 from ..edit.region import as_tensor
 from ..formats.atomic import write_atomically
 from ..formats.photos import load_photos
-from ..formats.reading import check_regular
 from ..formats.views import make_views
 from ..inversion.batches import Word
 from ..inversion.from_photos import Picture
@@ -29,6 +28,7 @@ from ..inversion.templates import load_templates
 from ..judge.picture_jobs import OnStep, PictureJob, Protocol, file_name
 from ..judge.scorer import Scorer
 from ..model.stable_diffusion import StableDiffusion
+from ..runs.folder import read_state
 from ..tune.tuner import Tuner, TuneSettings, choose_weights
 from .recipe import Request
 from .ways import PLAIN
@@ -121,9 +121,9 @@ class Rivals:
     def _with_tuned(
         self, request: Request, make: Callable[[OnStep], list[Image.Image]], on_step: OnStep
     ) -> list[Image.Image]:
-        """The pictures of a tuned UNet."""
+        """The pictures of a tuned UNet. Raises InputError if its file is damaged."""
         with self._restored() as parameters:
-            for key, weight in load_file(check_regular(self._path(request))).items():
+            for key, weight in read_state(self._path(request)).items():
                 parameters[key].copy_(weight)
             return make(on_step)
 
