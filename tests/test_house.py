@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -104,6 +105,9 @@ def test_the_reading_path_is_short() -> None:
     path = [name for name in files() if name.startswith(("model/", "inversion/")) and name not in BESIDE]
     counts = {name: lines(name) for name in path if not name.startswith("model/kernels/")}
     assert sum(counts.values()) <= READING_PATH, counts
+    readme = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"are ([\d,]+) lines in (\d+) files", readme)
+    assert abs(int(told[1].replace(",", "")) - sum(counts.values())) <= 20 and int(told[2]) == len(counts)
 
 
 def test_no_file_is_long() -> None:

@@ -21,8 +21,7 @@ from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
 
-Predict = Callable[[Tensor, int], Tensor]
-"""(x_t, t) -> the UNet's output for noisy latents, (B, C, h, w) float32."""
+Predict = Callable[[Tensor, int], Tensor]  # (x_t, t) -> the UNet's output, (B, C, h, w) float32
 
 
 @dataclass
@@ -41,7 +40,7 @@ class StableDiffusion:
     zero_empty_prompt: bool = False  # was trained with zeros for no prompt, instead of the prompt ""
 
     def __post_init__(self) -> None:
-        self.canvas = BlankCanvas(self.unet, self.vae)
+        self.canvas = BlankCanvas(self.unet, self.vae)  # which a UNet for inpainting sees beside x_t
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +131,8 @@ class StableDiffusion:
 
         Args:
             prompt: one prompt or several.
-            options: `steps`, `guidance_scale`, `negative_prompt`, `size` and others of `sample_each`.
+            options: `steps`, `guidance_scale`, `negative_prompt`, `eta`, `size`, `batch_size`,
+                `long_prompts`; see `sample_each`, `denoise`, `guided` and `encode_each`.
         """
         check_number("num_images", num_images, int, 1)
         check_number("seed", seed, int, 0)
