@@ -216,30 +216,12 @@ def test_sd15_is_what_minti_takes_for_it(tmp_path):
 
 def test_quality(bench, capsys):
     """The smallest run: every word is measured."""
-    flags = [
-        "--ways",
-        "minti",
-        "direction",
-        "per layer",
-        "diffusers",
-        "--concepts",
-        "1",
-        "--seeds",
-        "1",
-        "--at",
-        "2",
-    ]
+    ways = ["minti", "direction", "per layer", "diffusers"]
+    flags = ["--ways", *ways, "--concepts", "1", "--seeds", "1", "--at", "2"]
     flags += ["--peer-steps", "3", "--samples", "4", "--num-images", "1", "--steps", "1"]
     rows = bench("--only", "quality", *flags)["rows"]
-    ways = [
-        ("start", 0),
-        ("minti", 2),
-        ("direction", 2),
-        ("per layer", 2),
-        ("diffusers", 2),
-        ("diffusers", 3),
-    ]
-    assert [(row["way"], row["steps"]) for row in rows] == ways
+    expected = [("start", 0), *((way, 2) for way in ways), ("diffusers", 3)]
+    assert [(row["way"], row["steps"]) for row in rows] == expected
     for row in rows:
         assert 0 < row["loss"] < 1 and 0 <= row["kept"] <= 1 and 0 <= row["followed"] <= 1
         assert -1 <= row["clip_i"] <= 1 and row["concept"] == rows[0]["concept"]

@@ -400,7 +400,7 @@ def test_recipes(recipe: str, run: Callable, monkeypatch: pytest.MonkeyPatch) ->
     out = run("--config", recipe)
     config = yaml.safe_load((out / "config.yaml").read_text())
     said = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
-    flags = ("steps", "batch_size", "eval_every", "sample_every")
+    flags = ("steps", "batch_size", "eval_every", "eval_size", "sample_every")
     assert {k: config[k] for k in said if k not in flags} == {k: v for k, v in said.items() if k not in flags}
     assert config["steps"] == 4
     assert len(rows(out / "log.csv")) == 4
