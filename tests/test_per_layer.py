@@ -18,6 +18,7 @@ from minti.inversion.batches import Settings, Word
 from minti.inversion.inversion import Inversion
 from minti.inversion.start import word_rows
 from minti.model.per_layer import TextEncoderPerLayer, layer_names
+from minti.tune import __main__ as tune
 
 from . import compare, oracles
 from .compare import assert_parity
@@ -219,6 +220,18 @@ def test_the_commands(optimizer: str, base: Path, tmp_path: Path) -> None:
         ]
     )
     assert len([*(tmp_path / "p").glob("*.png")]) == 2
+    argv = [
+        "--checkpoint",
+        str(base / "model"),
+        "--device",
+        "cpu",
+        "--images",
+        str(base / "photos"),
+        "--concept",
+    ]
+    argv += [str(tmp_path / "whole"), "--train-text-encoder", "--out", str(tmp_path / "tuned")]
+    with pytest.raises(InputError, match="--train-text-encoder is not for a word per layer"):
+        tune.main(argv)
 
 
 def test_learn(base: Path) -> None:
