@@ -663,7 +663,7 @@ def env() -> dict[str, str]:
 
 
 def test_an_unknown_recipe_is_named() -> None:
-    with pytest.raises(InputError, match="recipe 'figure11': neither a file, nor one of ablations, applications"):
+    with pytest.raises(InputError, match="recipe 'figure11': neither a file, nor one of ablations"):
         study.main(["figure11"])
     with pytest.raises(InputError, match="a recipe must be given"):
         study.main([])
