@@ -223,7 +223,8 @@ def test_figure_10_has_every_setup_of_the_paper(described: str) -> None:
     plan = plan_of("figure10", described)
     own = {a.name: a.variant for a in plan.requests if a.concept.name == "robot"}
     assert {own[f"{n} vector{'s' * (n > 1)}"].num_vectors for n in (1, 2, 3)} == {1, 2, 3}
-    assert own["3 progressive"].settings.progressive == (400, 800)
+    settings = own["3 progressive"].settings
+    assert settings.progressive == (settings.steps * 2 // 5, settings.steps * 4 // 5)
     assert own["per-image words"].settings.per_image == 0.25
     assert own["low lr"].lr < own["1 vector"].lr < own["high lr"].lr
     assert own["regularization 0.01"].settings.regularization == 0.01
