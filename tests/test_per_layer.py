@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minti
-from minti import Concept, InputError, sample, train
+from minti import Concept, InputError, evaluate, sample, train
 from minti.inversion.batches import Settings, Word
 from minti.inversion.inversion import Inversion
 from minti.inversion.start import word_rows
@@ -24,6 +25,7 @@ from . import compare, oracles
 from .compare import assert_parity
 from .test_inversion import latents
 
+TINY = Path(__file__).parents[1] / "weights" / "tiny"
 KOHYA = ["IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{i:02}" for i in range(3, 12))]
 PROMPT = "a photo of <toy> on grass"
 
@@ -196,7 +198,7 @@ def learn(base: Path, out: Path, *more: str) -> Concept:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "direction"])
 def test_the_commands(optimizer: str, base: Path, tmp_path: Path) -> None:
-    """Learned, interrupted and resumed bit for bit, painted beside a plain word, scored."""
+    """Learned, interrupted and resumed bit for bit, and painted beside a plain word."""
     whole = learn(base, tmp_path / "whole", "--steps", "4", "--optimizer", optimizer)
     learn(base, tmp_path / "parts", "--steps", "2", "--optimizer", optimizer)
     resumed = learn(base, tmp_path / "parts", "--steps", "4", "--optimizer", optimizer, "--resume")
@@ -206,30 +208,11 @@ def test_the_commands(optimizer: str, base: Path, tmp_path: Path) -> None:
     Concept("<plain>", torch.randn(1, width)).save(tmp_path / "plain.safetensors")
     argv = ["--checkpoint", str(base / "model"), "--device", "cpu", "--size", "16", "--concept"]
     argv += [str(tmp_path / "whole"), "--concept", str(tmp_path / "plain.safetensors")]
-    sample.main(
-        [
-            *argv,
-            "--prompt",
-            "<toy> <plain>",
-            "--steps",
-            "1",
-            "--num-images",
-            "1",
-            "--out",
-            str(tmp_path / "p"),
-        ]
-    )
+    argv += ["--prompt", "<toy> <plain>", "--steps", "1", "--num-images", "1", "--out", str(tmp_path / "p")]
+    sample.main(argv)
     assert len([*(tmp_path / "p").glob("*.png")]) == 2
-    argv = [
-        "--checkpoint",
-        str(base / "model"),
-        "--device",
-        "cpu",
-        "--images",
-        str(base / "photos"),
-        "--concept",
-    ]
-    argv += [str(tmp_path / "whole"), "--train-text-encoder", "--out", str(tmp_path / "tuned")]
+    argv = ["--checkpoint", str(base / "model"), "--device", "cpu", "--images", str(base / "photos")]
+    argv += ["--concept", str(tmp_path / "whole"), "--train-text-encoder", "--out", str(tmp_path / "tuned")]
     with pytest.raises(InputError, match="--train-text-encoder is not for a word per layer"):
         tune.main(argv)
 
@@ -255,3 +238,26 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
         per_layer(sdxl)
     with pytest.raises(InputError, match="'<toy>' was learned on a 32-wide encoder with words for 16 layers"):
         sdxl.add_concept(Concept("<toy>", torch.zeros(1, 16 * 32), widths=dict.fromkeys(KOHYA, 32)))
+
+
+def test_equal_vectors_are_evaluated_like_a_plain_word(tmp_path: Path) -> None:
+    """To 0.02 of scores between -1 and 1: pixels may differ by a level, which CLIP sees."""
+    sd, found = minti.load(TINY, device="cpu"), []
+    rows, names = word_rows(sd, "cat"), layer_names(sd.unet)
+    (tmp_path / "prompts.txt").write_text("a photo of {}\na photo of {} in the snow\n", encoding="utf-8")
+    for name, n in (("plain", 1), ("layers", len(names))):
+        widths = dict.fromkeys(names, rows.shape[1]) if n > 1 else {}
+        Concept("<toy>", rows.repeat(1, n), widths=widths).save(tmp_path / f"{name}.safetensors")
+        argv = ["--checkpoint", str(TINY), "--clip", str(TINY), "--images", str(TINY / "concepts" / "imp")]
+        argv += [
+            "--concept",
+            str(tmp_path / f"{name}.safetensors"),
+            "--prompts",
+            str(tmp_path / "prompts.txt"),
+        ]
+        argv += ["--num-images", "1", "--sample-steps", "2", "--device", "cpu", "--out", str(tmp_path / name)]
+        evaluate.main([*argv, "--no-references"])
+        text = (tmp_path / name / "evaluation.json").read_text(encoding="utf-8")
+        result = json.loads(text)
+        found.append([result["clip_i"], result["clip_t"]])
+    assert found[1] == pytest.approx(found[0], abs=0.02)
