@@ -12,6 +12,7 @@ from .cli.options import Parser, number
 from .errors import InputError
 from .formats.atomic import remove_temporaries
 from .formats.concept import SUFFIXES, Concept, read_concepts, save_concepts
+from .model.checks import has_outputs
 from .model.tokenizer import clean
 from .version import __version__
 
@@ -77,9 +78,10 @@ def describe(path: Path) -> str:
         count = len(concept.vectors)
         noun = "vector" if count == 1 else "vectors"
         norms = ", ".join(f"{norm:.3g}" for norm in concept.vectors.norm(dim=1).tolist())
+        at = "the output of " if has_outputs(concept.widths) else ""
         word = printable(concept.placeholder)
         lines.append(
-            f"  '{word}': {count} {noun} for a {concept.encoder}, norm {norms}, hash {concept.digest}"
+            f"  '{word}': {count} {noun} for {at}a {concept.encoder}, norm {norms}, hash {concept.digest}"
         )
         for key, value in sorted(concept.metadata.items()):
             text = printable(" ".join(value.split()))

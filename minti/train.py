@@ -25,7 +25,7 @@ from .inversion.divergence import Diverged
 from .inversion.inversion import Inversion
 from .judge.scorer import Scorer, choose_clip
 from .model.checks import check_weights
-from .model.per_layer import TextEncoderPerLayer
+from .model.fitting import prepare
 from .runs.folder import STATE, read_state, run_folder
 from .runs.options import (
     learning_settings,
@@ -77,8 +77,8 @@ def learn_words(
     if sd.device.type == "cuda":
         torch.cuda.set_device(sd.device)
     check_weights(sd)
-    if args.per_layer:
-        sd.text_encoder = TextEncoderPerLayer(sd.text_encoder, sd.unet)
+    kind = {"per_layer": args.per_layer, "output_embedding": args.output_embedding}
+    sd.text_encoder = prepare(sd.text_encoder, sd.unet, **kind)
     sd.unet.gradient_checkpointing = args.gradient_checkpointing
     how = {"size": args.size, "crop": args.crop, "flip": args.flip}
     how["lr_scale"] = args.batch_size * args.accumulate * processes.world if args.scale_lr else 1
@@ -89,9 +89,10 @@ def learn_words(
             for spec, start in zip(specs, starts, strict=True)
         ]
     settings = learning_settings(vars(args))
-    if args.per_layer and settings.objective != "diffusion":
+    if any(kind.values()) and settings.objective != "diffusion":
+        option = "--per-layer" if args.per_layer else "--output-embedding"
         raise InputError(
-            "--per-layer is for --objective diffusion: CLIP knows nothing of the layers of a UNet"
+            f"{option} is for --objective diffusion: CLIP knows nothing of what a UNet attends to"
         )
     learner = Inversion if settings.objective == "diffusion" else clip_learner(args, specs, sd.device)
     trainer = Trainer(

@@ -57,7 +57,7 @@ def load_model_with_words(args: argparse.Namespace) -> tuple[StableDiffusion, di
         try:
             sd.add_concept(concept)
         except InputError as error:
-            if "was learned on" in str(error):
+            if not str(error).startswith("placeholder"):
                 raise InputError(f"{file}: {error}") from None
             new = "<new>" if word.startswith("<") else f"<{word}>"
             raise InputError(f"{file}: {error}: --concept '{new}={file}'") from None

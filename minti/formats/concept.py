@@ -20,9 +20,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model.checks import encoder_of, is_per_layer
+from ..model.checks import encoder_of, is_plain
 from .atomic import write_atomically
-from .embedding_files import PER_LAYER, SDXL, find_words, is_picture, layer_keys, read_picture, refusal
+from .embedding_files import SDXL, find_words, is_picture, read_picture, refusal
 from .reading import check_regular, naming
 from .weightfile import read_metadata, read_nested
 
@@ -40,10 +40,12 @@ class Concept:
     Attributes:
         placeholder: the word as it is written in prompts.
         vectors: (num_vectors, D) float32; D is 768 for SD 1.x, 1024 for SD 2.x, 768 + 1280 for SDXL. A word
-            per layer, see `model.per_layer`, has D columns for each of the layers.
+            per layer, see `model.per_layer`, has D columns for each of the layers, and an output embedding,
+            see `model.output_embedding`, may have D more for the input.
         metadata: notes for people on where it comes from: base model, init word, step, ...
         widths: the parts of the columns and their widths, by their keys in a file: clip_l and clip_g where
-            there are two text encoders, IN01 and so on in a word per layer, otherwise none.
+            there are two text encoders, IN01 and so on in a word per layer, emp_params_out or clip_l_out
+            and so on in an output embedding, otherwise none.
     """
 
     placeholder: str
@@ -77,9 +79,9 @@ class Concept:
         """Read all words of a file; otherwise like `load`."""
         _, concepts = read_concepts(Path(path))
         if width is not None:
-            both = [c for concept in concepts if not is_per_layer(concept.widths) for c in concept.parts()]
+            both = [c for concept in concepts if is_plain(concept.widths) for c in concept.parts()]
             concepts = [*concepts, *both]
-        widths = sorted({concept.vectors.shape[1] for concept in concepts})
+        widths = sorted({c.vectors.shape[1] for c in concepts if width is not None or is_plain(c.widths)})
         if width is None and len(widths) > 1:
             several = ", ".join(map(str, widths))
             raise InputError(
@@ -152,10 +154,7 @@ def _join(concepts: Sequence[Concept]) -> list[Concept]:
 
 
 def _read_file(path: Path) -> tuple[str, list[Concept]]:
-    """Read one file; a word for several text encoders comes several times, in several widths.
-
-    A word per layer comes once.
-    """
+    """Read one file; a plain word for several text encoders comes several times, in several widths."""
     with naming(check_regular(path), "a learned word"):
         in_picture = is_picture(path)
         content = read_picture(path) if in_picture else read_nested(path)
@@ -163,22 +162,17 @@ def _read_file(path: Path) -> tuple[str, list[Concept]]:
         if isinstance(content, dict):
             texts |= {str(k): str(v) for k, v in content.items() if isinstance(v, str | int | float)}
         # A picture is passed on under any name, so its word is called as it says itself.
-        kind, words, aside = find_words(content, texts.get("name", path.stem) if in_picture else path.stem)
+        name = texts.get("name", path.stem) if in_picture else path.stem
+        kind, words, widths, aside = find_words(content, name)
         notes, concepts = _parse_notes(texts), []
         for word, vectors in words:
             vectors = torch.atleast_2d(vectors.detach()).float().clone()
             if not vectors.isfinite().all():
                 raise refusal(f"{word!r} has vectors that are not finite")
-            about = dict(notes.get(word, notes[None]))
-            if kind in (SDXL.name, PER_LAYER) and "minti" in texts:  # of the keys of which none is the word
+            about, parts = dict(notes.get(word, notes[None])), widths.get(word, {})
+            if (parts or kind == SDXL.name) and "minti" in texts:  # of the keys of which none is the word
                 word = about.pop("placeholder", word)
-            concepts.append(Concept(word, vectors, about))
-    if kind == PER_LAYER:
-        vectors = torch.cat([concept.vectors for concept in concepts], dim=1)
-        widths = {
-            key: concept.vectors.shape[1] for key, concept in zip(layer_keys(content), concepts, strict=True)
-        }
-        concepts = [replace(concepts[0], vectors=vectors, widths=widths)]
+            concepts.append(Concept(word, vectors, about, parts))
     if aside:
         log.warning("%s: left aside %s", path, aside)
     return kind, concepts
@@ -230,11 +224,11 @@ def encode_concepts(path: Path, concepts: Sequence[Concept], format: str | None 
     if len(concepts) == 1:
         notes = dict(concepts[0].metadata)
     if any(concept.widths for concept in concepts):
-        per_layer = is_per_layer(concepts[0].widths)
-        if len(concepts) > 1 or format == "official" or (format == "a1111" and per_layer and suffix != ".pt"):
+        special = not is_plain(concepts[0].widths)
+        if len(concepts) > 1 or format == "official" or (format == "a1111" and special and suffix != ".pt"):
             raise InputError(
-                f"{path}: a file holds one word for SDXL, or for single layers, in a format that has it; "
-                "write another"
+                f"{path}: a file holds one word for SDXL, for single layers or for the output, in a format "
+                "that has it; write another"
             )
         parts = (part.vectors.cpu().contiguous() for part in concepts[0].parts())
         words, notes = dict(zip(concepts[0].widths, parts, strict=True)), dict(concepts[0].metadata)

@@ -6,6 +6,7 @@ AUTOMATIC1111       {string_to_param: {"*": (n, D)}, name, step, ...}, in a pick
 the official code   {string_to_param: ParameterDict, string_to_token: ...}
 LoRA                {bundle_emb.WORD.KEY: ...} beside its own tensors, KEY being one of the others'
 kohya, per layer    {IN01: (n, D), IN02: ..., MID: ..., OUT03: ...}; the word is the file's name
+OneTrainer          {emp_params_out: (n, D)}, output embeddings: keys of FORMATS with _out behind them
 others              a row of FORMATS; or a tensor by itself; the word is the file's name
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from ..model.checks import is_per_layer
+from ..model.checks import OUTPUT, is_per_layer
 from .kinds import kind_of_keys
 from .photos import reading_picture
 
@@ -47,9 +49,8 @@ FORMATS = (
     PIVOTAL,
 )
 
-PER_LAYER = "kohya, a word per layer (XTI)"
-
 Words = list[tuple[str, Tensor]]
+Widths = dict[str, dict[str, int]]
 
 
 def refusal(why: str) -> InputError:
@@ -57,7 +58,7 @@ def refusal(why: str) -> InputError:
     return InputError(f"is not a learned word: {why}")
 
 
-def find_words(content: Any, name: str) -> tuple[str, Words, str]:
+def find_words(content: Any, name: str) -> tuple[str, Words, Widths, str]:
     """Find the words in what a file holds, and see that they are words before any of their data is read.
 
     Args:
@@ -66,49 +67,66 @@ def find_words(content: Any, name: str) -> tuple[str, Words, str]:
 
     Returns:
         The name of the format; the vectors of each word, (n, D) or (D,), where a word for several text
-        encoders comes several times, in several widths, and a word per layer once for each of `layer_keys`;
-        what was left aside, in words.
+        encoders comes several times, in several widths; for each word that is per layer or has output
+        vectors the parts of its vectors and their widths, see `Concept`; what was left aside, in words.
 
     Raises:
         InputError: there is no learned word in it.
     """
     if isinstance(content, Tensor):
-        return "a tensor by itself", _checked([(name, content)]), ""
+        return "a tensor by itself", _checked([(name, content)]), {}, ""
     if not isinstance(content, dict):
         raise refusal(f"it holds a {type(content).__name__}")
     if layers := layer_keys(content):
-        words = _checked([(name, content[key]) for key in layers])
-        if len({tuple(torch.atleast_2d(rows).shape) for _, rows in words}) > 1:
-            raise refusal("its layers have different numbers of vectors")
-        return PER_LAYER, words, ""
+        return "kohya, a word per layer (XTI)", *_join(name, content, layers, one_width=True), ""
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     content = {key: value for key, value in content.items() if isinstance(key, str)}
     if bundles := _bundles(content):
-        words = [pair for word, bundle in bundles.items() for pair in find_words(bundle, word)[1]]
-        return "bundled with a LoRA", words, "the LoRA itself"
+        found = [find_words(bundle, word) for word, bundle in bundles.items()]
+        words = [pair for _, pairs, *_ in found for pair in pairs]
+        widths = dict(ChainMap(*(widths for *_, widths, _ in found)))
+        return "bundled with a LoRA", words, widths, "the LoRA itself"
     if "string_to_param" in content:
         table = content["string_to_param"]
         if not isinstance(table, dict):
             raise refusal(f"string_to_param is a {type(table).__name__}")
         # The official code's users write the word as it stands in the file; A1111's, the name of the file.
         if "name" not in content:
-            return "official Textual Inversion code", _checked(list(table.items())), ""
-        return "AUTOMATIC1111", _checked([(name if k == "*" else k, rows) for k, rows in table.items()]), ""
+            return "official Textual Inversion code", _checked(list(table.items())), {}, ""
+        words = _checked([(name if k == "*" else k, rows) for k, rows in table.items()])
+        return "AUTOMATIC1111", words, {}, ""
     for format in FORMATS:
-        outputs = [f"{key}_out" for key in format.keys if f"{key}_out" in content]
-        named = [(name, content[key]) for key in format.keys if key in content]
-        if named or outputs:
-            words = _checked(named, one_width=len(format.keys) == 1)
+        keys = [key for key in format.keys if key in content]
+        outputs = [key + OUTPUT for key in format.keys if key + OUTPUT in content]
+        if outputs:
+            words, widths = _join(name, content, keys + outputs)
+            sizes = [*widths[name].values()]
+            if keys and sizes != sizes[len(keys) :] * 2:
+                raise refusal(f"{', '.join(keys)} do not go with {', '.join(outputs)}")
+            return format.name, words, widths, ""
+        if keys:
+            words = _checked([(name, content[key]) for key in keys], one_width=len(format.keys) == 1)
             if format is PIVOTAL:  # there a word is <s0><s1>..., with a part for each vector
                 count = len(torch.atleast_2d(words[0][1]))
                 words = [("".join(f"<s{i}>" for i in range(count)), rows) for _, rows in words]
-            aside = f"{' and '.join(outputs)}, which OneTrainer puts in place of the text encoder's output"
-            return format.name, words, aside if outputs else ""
+            return format.name, words, {}, ""
     if kind := kind_of_keys(content):
         raise refusal(f"it is {kind}")
     words = _checked([(key, value) for key, value in content.items() if isinstance(value, Tensor)])
-    return "diffusers", list(join_numbered(dict(words)).items()), ""
+    return "diffusers", list(join_numbered(dict(words)).items()), {}, ""
+
+
+def _join(
+    name: str, content: Mapping[str, Any], keys: Sequence[str], *, one_width: bool = False
+) -> tuple[Words, Widths]:
+    """Make one word of parts with as many vectors, one beside the other."""
+    parts = _checked([(key, content[key]) for key in keys], one_width=one_width)
+    parts = [(key, torch.atleast_2d(rows.detach()).float()) for key, rows in parts]
+    if len({len(rows) for _, rows in parts}) > 1:
+        raise refusal(f"its parts {', '.join(keys)} have different numbers of vectors")
+    widths = {key: rows.shape[1] for key, rows in parts}
+    return [(name, torch.cat([rows for _, rows in parts], dim=1))], {name: widths}
 
 
 def layer_keys(content: Mapping[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ KEYS = (
     (r"^(down_blocks\.0\.resnets|input_blocks\.0)\.", "a UNet alone"),
     (r"(^|\.)decoder\.(mid|up|mid_block|up_blocks)\.", "an autoencoder (VAE) alone"),
     (r"(^|\.)token_embedding\.weight$", "a CLIP text encoder alone"),
-    (r"^(string_to_param|emb_params|emp_params|clip_[lg])$", "a learned word, for --concept"),
+    (r"^(string_to_param|emb_params|(emp_params|clip_[lg])(_out)?)$", "a learned word, for --concept"),
 )
 # From the first bytes of a file.
 HEADS = (

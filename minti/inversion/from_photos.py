@@ -13,12 +13,12 @@ from ..errors import InputError, check_number
 from ..formats.concept import Concept
 from ..formats.photos import Photo, load_photos
 from ..formats.views import make_views
-from ..model.per_layer import TextEncoderPerLayer
+from ..model.fitting import prepare
 from ..model.stable_diffusion import StableDiffusion
 from .batches import Settings, Word
 from .inversion import Inversion
 from .latents import encode_views
-from .start import word_rows
+from .start import initial_rows
 from .templates import load_templates
 
 
@@ -48,6 +48,7 @@ def learn(
     *,
     num_vectors: int = 1,
     per_layer: bool = False,
+    output_embedding: bool = False,
     lr: float = 5e-3,
     seed: int = 0,
     size: int | None = None,
@@ -65,6 +66,7 @@ def learn(
         init_word: a coarse description of the concept, such as "toy".
         num_vectors: how many vectors the word stands for.
         per_layer: give each cross-attention layer of the UNet vectors of its own, see `TextEncoderPerLayer`.
+        output_embedding: learn vectors that replace the text encoder's output, see `TextEncoderWithOutputs`.
         lr: learning rate of AdamW.
         seed: decides everything random.
         size: pixels to train at; by default what the model was trained on.
@@ -87,10 +89,10 @@ def learn(
     photos = load_photos(images) if isinstance(images, str | Path) else [_as_photo(x) for x in images]
     if not photos:
         raise InputError("images is empty; three to five photos of one concept are best")
-    if per_layer and not isinstance(sd.text_encoder, TextEncoderPerLayer):
-        sd.text_encoder = TextEncoderPerLayer(sd.text_encoder, sd.unet)
+    kind = {"per_layer": per_layer, "output_embedding": output_embedding}
+    sd.text_encoder = prepare(sd.text_encoder, sd.unet, **kind)
     views = make_views(photos, sd.check_size(size)[0], flip=True, seed=seed)
-    rows, latents = word_rows(sd, init_word, num_vectors), encode_views(sd, views)
+    rows, latents = initial_rows(sd, "word", init_word, num_vectors), encode_views(sd, views)
     captions = [photo.caption for photo in photos]
     word = Word(placeholder, rows, latents, load_templates(templates), captions, lr, seed)
     inversion = Inversion(sd, [word], options, replace=replace)

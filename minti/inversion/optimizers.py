@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..model.stable_diffusion import StableDiffusion
 from .settings import Settings
+from .start import vocabulary
 
 
 def vocabulary_norm(sd: StableDiffusion) -> float:
-    """The mean length of the model's own word vectors, all parts of them together."""
-    squares = [table.weight.float().square().sum(dim=1) for table in sd.tables]
+    """The mean length of the model's own word vectors, all parts of them together; see `vocabulary`."""
+    squares = [vectors.square().sum(dim=1) for vectors in vocabulary(sd)]
     return torch.stack(squares).sum(dim=0).sqrt().mean().item()
 
 
@@ -24,8 +25,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings name, for groups {"params": rows, "lr": rate}."""
     if settings.optimizer == "direction":
-        weights = [table.weight.float() for table in sd.tables]
-        lengths = [(w.shape[1], w.norm(dim=1).mean().item()) for w in weights]
+        lengths = [(v.shape[1], v.norm(dim=1).mean().item()) for v in vocabulary(sd)]
         return DirectionDescent(groups, lengths, settings.kappa)
     return torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
 

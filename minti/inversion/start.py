@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..formats.concept import Concept
+from ..formats.concept import Concept, read_concepts
+from ..model.checks import is_per_layer, is_plain
+from ..model.fitting import SPECIAL, fit_word, plain_widths
+from ..model.output_embedding import TextEncoderWithOutputs
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import Tokenizer
 from .batches import generator
@@ -43,30 +48,70 @@ def initial_rows(sd: StableDiffusion, kind: str, word: str, num_vectors: int = 1
     Args:
         kind: "word": see `word_rows`.
             "output": the text encoder's output for `word`, spread over the vectors in the same way (Cross
-            Initialization, arXiv 2312.15905).
+            Initialization, arXiv 2312.15905). An output embedding starts there with "word", too.
             "random": drawn from the normal distribution of the vocabulary's vectors.
-            "file": the vectors of a concept file at the path `word`, however many there are.
+            "file": the vectors of a concept file at the path `word`, however many there are. With those of a
+            plain word all layers of a word per layer start; an output embedding starts at the text encoder's
+            output for the word.
 
     Raises:
         InputError: `word` is empty or of no use for that kind; a file has another number of vectors than the
             one, more than 1, that was asked for.
     """
-    if kind == "word":
+    outputs = isinstance(sd.text_encoder, TextEncoderWithOutputs)
+    if kind == "word" and not outputs:
         return word_rows(sd, word, num_vectors)
-    if kind == "output":
+    if kind in ("word", "output"):
         ids = sd.tokenizer.encode(word)
         check_tokens(word, ids)
-        return spread(sd.encode_prompt([word])[0, 1 : 1 + len(ids)], num_vectors)  # behind the start token
+        rows = spread(sd.encode_prompt([word])[0, 1 : 1 + len(ids)], num_vectors)  # behind the start token
+        return F.pad(rows, (rows.shape[1], 0)) if outputs else rows
     if kind == "random":
-        tables = [table.weight.float() for table in sd.tables]
+        tables = vocabulary(sd)
         mean, std = (torch.cat([f(table, dim=0) for table in tables]).cpu() for f in (torch.mean, torch.std))
         return mean + std * torch.randn(num_vectors, len(mean), generator=generator(seed, "init"))
     if kind == "file":
-        rows = Concept.load(word, width=sum(table.weight.shape[1] for table in sd.tables)).vectors
+        rows = file_rows(sd, Path(word))
         if num_vectors not in (1, len(rows)):
             raise InputError(f"{word}: has {len(rows)} vectors, num_vectors is {num_vectors}; leave it out")
         return rows
     raise InputError(f"init {kind!r}: choose from word, output, random, file")
+
+
+def file_rows(sd: StableDiffusion, path: Path) -> Tensor:
+    """Where a word starts that starts from one in a file, see `initial_rows`: (num_vectors, D) float32."""
+    plain = is_plain(read_concepts(path)[1][0].widths)
+    concept = Concept.load(path, width=sum(plain_widths(sd.text_encoder).values()) if plain else None)
+    if not plain and not isinstance(sd.text_encoder, SPECIAL):
+        option = "--per-layer" if is_per_layer(concept.widths) else "--output-embedding"
+        raise InputError(f"{path}: holds a word that was learned with {option}; give that option")
+    if not isinstance(sd.text_encoder, TextEncoderWithOutputs):
+        return fit_word(concept, sd.text_encoder, sd.unet)[1]
+    known = sd.tokenizer.placeholders
+    try:
+        sd.add_concept(concept, replace=True)
+        rows = sd.encode_prompt([concept.placeholder])[0, 1 : 1 + len(concept.vectors)].float().cpu()
+    finally:
+        sd.tokenizer.placeholders = known
+    return F.pad(rows, (rows.shape[1], 0))
+
+
+@torch.no_grad()
+def vocabulary(sd: StableDiffusion) -> list[Tensor]:
+    """What the vectors of learned words are compared with: vectors of the model's own words.
+
+    Returns:
+        (n, D) float32 for each of `sd.tables`: all its vectors. Where the output is replaced: what the text
+        encoder gives out for about 500 words by themselves, and zeros for its input.
+    """
+    weights = [table.weight.float() for table in sd.tables]
+    if not isinstance(sd.text_encoder, TextEncoderWithOutputs):
+        return weights
+    words = torch.arange(0, len(weights[0]), 1 + len(weights[0]) // 512)
+    start, end = sd.tokenizer([""])[:, :2].expand(len(words), 2).T  # each (n,)
+    context = sd.text_encoder(torch.stack([start, words, end], dim=1).to(sd.device)).context  # (n, 3, D)
+    outputs = context[:, 1].float().split([*plain_widths(sd.text_encoder).values()], dim=1)
+    return [*map(torch.zeros_like, outputs), *outputs]
 
 
 def init_tokens(tokenizer: Tokenizer, phrase: str, num_vectors: int) -> list[int]:

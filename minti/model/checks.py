@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import InputError, check_number
 
 MAX_SIDE = 16384  # pixels
+OUTPUT = "_out"  # how the keys of vectors end that stand in a text encoder's output; see `output_embedding`
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "LDM, or SDXL's second encoder", 2048: "SDXL, 768 + 1280"}
 
 
@@ -27,9 +28,20 @@ def is_per_layer(keys: Iterable[str]) -> bool:
     return any(re.fullmatch(r"IN\d\d|MID|OUT\d\d", key) for key in keys)
 
 
+def has_outputs(keys: Iterable[str]) -> bool:
+    """Whether parts of a word's vectors stand in the output of a text encoder; see `output_embedding`."""
+    return any(key.endswith(OUTPUT) for key in keys)
+
+
+def is_plain(keys: Iterable[str]) -> bool:
+    """Whether all parts of a word's vectors are rows of tables of word vectors, one for each text encoder."""
+    return not is_per_layer(keys) and not has_outputs(keys)
+
+
 def encoder_of(widths: Mapping[str, int]) -> str:
     """What kind of text encoder has word vectors of these parts and widths; see `Concept.widths`."""
-    width = next(iter(widths.values())) if is_per_layer(widths) else sum(widths.values())
+    outputs = [width for key, width in widths.items() if key.endswith(OUTPUT)]
+    width = next(iter(widths.values())) if is_per_layer(widths) else sum(outputs or widths.values())
     family = f" ({FAMILIES[width]})" if width in FAMILIES else ""
     layers = f" with words for {len(widths)} layers, {', '.join(widths)}" if is_per_layer(widths) else ""
     return f"{width}-wide encoder{family}{layers}"
@@ -74,7 +86,8 @@ def check_fit(word: LearnedWord, own: Mapping[str, int]) -> None:
     """Raise InputError unless a learned word fits a model, whose word vectors have these parts and widths."""
     width = word.vectors.shape[1]
     theirs = word.widths or {"": width}
-    if width != sum(own.values()) or (is_per_layer(theirs) and [*theirs] != [*own]):
+    fits = width == sum(own.values()) and (is_plain(theirs) or [*theirs.values()] == [*own.values()])
+    if not fits or (is_per_layer(theirs) and [*theirs] != [*own]):
         raise InputError(
             f"{word.placeholder!r} was learned on a {encoder_of(theirs)}, this checkpoint has a "
             f"{encoder_of(own)}; use the model it was learned on"

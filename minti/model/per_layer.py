@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .checks import LearnedWord, check_fit, is_per_layer
 from .clip import TextOutput
 from .embedding import TokenEmbedding
 from .unet import UNet
@@ -95,30 +94,3 @@ class TextEncoderPerLayer(nn.Module):
         n = len(self.layers)
         context = self.text_encoder(ids.repeat(n, 1)).context  # (layers*B, L, D)
         return TextOutput(torch.cat(context.chunk(n), dim=-1))
-
-
-def fit_word(word: LearnedWord, text_encoder: nn.Module, unet: UNet) -> tuple[nn.Module, Tensor]:
-    """Bring together a word and a text encoder, either of which may be per layer.
-
-    Returns:
-        The text encoder, which reads per layer if the word asks for it; and the vectors of the word,
-        (num_vectors, D) or, where the text encoder reads per layer, (num_vectors, layers*D).
-
-    Raises:
-        InputError: the word was learned for another kind of model.
-    """
-    if is_per_layer(word.widths) and not isinstance(text_encoder, TextEncoderPerLayer):
-        (table, *others), layers = tables_of(text_encoder), layer_names(unet)
-        if not others:
-            check_fit(word, dict.fromkeys(layers, table.weight.shape[1]))
-            text_encoder = TextEncoderPerLayer(text_encoder, unet)
-    tables, vectors = tables_of(text_encoder), word.vectors
-    own = {table.key: table.weight.shape[1] for table in tables}
-    if (
-        isinstance(text_encoder, TextEncoderPerLayer)
-        and not word.widths
-        and vectors.shape[1] < sum(own.values())
-    ):
-        own, vectors = {"": tables[0].weight.shape[1]}, vectors.repeat(1, len(tables))
-    check_fit(word, own)
-    return text_encoder, vectors

@@ -39,6 +39,8 @@ def options() -> Options:
     opts.add(group, "--num-vectors", 1, type=number(int, 1, 75), help=text)
     text = "with vectors of its own for each cross-attention layer of the UNet (XTI)"
     opts.add(group, "--per-layer", False, help=text)
+    text = "with vectors that replace the text encoder's output, as OneTrainer's output embeddings"
+    opts.add(group, "--output-embedding", False, help=text)
     text = "prompts to learn in: object, style, or a file"
     opts.add(group, "--templates", "object", metavar="NAME|FILE", help=text)
     opts.add(group, "--replace-word", False, help="allow a placeholder that means something already")

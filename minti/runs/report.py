@@ -16,11 +16,17 @@ from ..cli.html import page, picture, table
 from ..cli.progress import duration
 from ..cli.svg import chart, short
 from ..formats.atomic import write_atomically
+from ..model.output_embedding import TextEncoderWithOutputs
 from ..model.stable_diffusion import StableDiffusion
 from .folder import RunRecord
 from .verdict import LONG, advice, trend_of, verdict, warnings
 
 MAX_PREVIEWS = 10
+KINDS = {
+    "per_layer": "for each cross-attention layer of the UNet",
+    "output_embedding": "in the place of the text encoder's output (output embedding)",
+}
+"""What the report says of a word, beside the count of its vectors, where one of these options was given."""
 
 
 def _tiles(run: RunRecord) -> str:
@@ -108,7 +114,12 @@ def _settings(run: RunRecord) -> str:
 
 
 def nearest_words(sd: StableDiffusion, vectors: Tensor, count: int = 8) -> list[list[tuple[str, float]]]:
-    """For each of the vectors, (n, D), the words of the vocabulary that point the same way, with cosines."""
+    """For each of the vectors, (n, D), the words of the vocabulary that point the same way, with cosines.
+
+    None for an output embedding: with what the text encoder gives out for every word it would take minutes.
+    """
+    if isinstance(sd.text_encoder, TextEncoderWithOutputs):
+        return []
     tables = [table.weight.float() for table in sd.tables]
     parts = vectors.to(sd.device).split([table.shape[1] for table in tables], dim=1)
     products = torch.stack([part @ table.T for part, table in zip(parts, tables, strict=True)]).sum(dim=0)
@@ -137,6 +148,8 @@ def write_report(folder: Path, nearest: Sequence[Sequence[tuple[str, float]]] = 
     run = RunRecord(folder)
     word = escape(run.word)
     count = {None: "A learned word", 1: "1 vector"}.get(run.num_vectors, f"{run.num_vectors} vectors")
+    for key, text in KINDS.items():
+        count += f" {text}" if run.config.get(key) else ""
     source = run.config.get("init_word") if run.config.get("init") != "random" else "random numbers"
     start = f", started from “{escape(str(source))}”" if source else ""
     previews, about = _previews(run)

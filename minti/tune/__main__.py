@@ -25,8 +25,8 @@ from ..inversion.batches import Word
 from ..inversion.divergence import Diverged
 from ..inversion.templates import load_templates
 from ..model.checks import check_weights
+from ..model.fitting import SPECIAL
 from ..model.model_hash import model_hash
-from ..model.per_layer import TextEncoderPerLayer
 from ..model.stable_diffusion import StableDiffusion
 from ..runs.folder import STATE, read_state
 from ..runs.options import read_saved
@@ -138,8 +138,9 @@ def tune(args: argparse.Namespace, folder: WorkFolder) -> bool:
     state = read_state(folder.path / STATE) if args.resume else {}
     with out_of_memory("the weights do not fit; --dtype bfloat16 needs half as much"):
         sd, concepts = load_model_with_words(args)
-    if args.train_text_encoder and isinstance(sd.text_encoder, TextEncoderPerLayer):
-        raise InputError("--train-text-encoder is not for a word per layer, as --concept is; leave it out")
+    if args.train_text_encoder and isinstance(sd.text_encoder, SPECIAL):
+        kinds = "a word per layer or an output embedding"
+        raise InputError(f"--train-text-encoder is not for {kinds}, as --concept is; leave it out")
     check_weights(sd)
     sd.schedule.timesteps(args.sample_steps)
     sd.unet.gradient_checkpointing = args.gradient_checkpointing

@@ -192,6 +192,7 @@ def make_words(folder: Path) -> None:
         "sdxl.pt": {"clip_l": rows, "clip_g": torch.cat([rows, rows], 1)},
         "kohya.safetensors": {"emb_params": rows},
         "onetrainer.safetensors": {"emp_params": rows, "emp_params_out": rows.clone()},
+        "output.safetensors": {"clip_l_out": rows, "clip_g_out": torch.cat([rows, rows], 1)},
         "sdxl.safetensors": {"clip_l": rows, "clip_g": torch.cat([rows, rows], 1)},
         "pivotal.safetensors": {"text_encoders_0": rows, "text_encoders_1": rows.clone()},
         "bundle.safetensors": {key: rows.clone() for key in bundle},
