@@ -32,6 +32,7 @@ from .judge.ranking import closest, ranking_text
 from .judge.scorer import Scorer, choose_clip
 from .model import kernels
 from .model.stable_diffusion import StableDiffusion
+from .model.unclip import ImagePrompt
 from .version import __version__
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,13 @@ def options() -> Options:
     opts.add(group, "--strength", 0.75, type=number(float, 0, 1), help=text)
     text = "let CLIP bend every step towards the prompt, so strongly (CLIP-guided diffusion)"
     opts.add(group, "--clip-guidance", 0.0, type=number(float, 0, 1e6), metavar="SCALE", help=text)
+    group = "what unCLIP is shown beside the prompt"
+    text = (
+        "a picture that pictures should resemble, of several their mean; without any, unCLIP is shown zeros"
+    )
+    opts.add(group, "--image-prompt", [], metavar="PATH", help=text)
+    text = "noise mixed into it: more resembles it less; at most 999"
+    opts.add(group, "--noise-level", 0, type=number(int, 0, 999), metavar="N", help=text)
     group = "what SDXL is told beside the prompt"
     text = "of a photo that pictures should look like; by default --size"
     opts.add(group, "--original-size", type=size, metavar="PX|WxH", help=text)
@@ -104,6 +112,16 @@ def size_condition(args: argparse.Namespace, sd: StableDiffusion) -> tuple[int, 
     size = sd.check_size(args.size)
     original, (left, top), target = sides[0] or size, sides[1] or (0, 0), sides[2] or size
     return (*original[::-1], top, left, *target[::-1])
+
+
+def image_prompt(args: argparse.Namespace, sd: StableDiffusion) -> ImagePrompt:
+    """The pictures that the options show to unCLIP. Raises InputError for another model."""
+    if sd.image_prompter is None:
+        raise InputError(
+            f"--image-prompt: {args.checkpoint} is no unCLIP, so it sees no pictures; leave it out"
+        )
+    images = [open_image(Path(path)) for path in args.image_prompt]
+    return sd.image_prompter.prompt(images, args.noise_level)
 
 
 def own_sampler(
@@ -202,7 +220,9 @@ def load(args: argparse.Namespace) -> tuple[StableDiffusion, dict[str, Concept]]
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, make the pictures, write them one by one and in the end sheets of all."""
     opts = options()
-    args = opts.parse(argv, required=["checkpoint", "prompt", "out"])
+    shows_pictures = bool(opts.parse(argv, required=[]).image_prompt)
+    args = opts.parse(argv, required=["checkpoint", *([] if shows_pictures else ["prompt"]), "out"])
+    args.prompt = args.prompt or [""]
     if len(args.prompt) * args.num_images * args.rank_by_clip > MOST_PICTURES:
         raise InputError(f"more than {MOST_PICTURES:,} pictures; lower --num-images or --rank-by-clip")
     planned = plan_pictures(args.prompt, args.seed, args.num_images, args.rank_by_clip)
@@ -228,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds = [seed for _, seed in each]
         sampler = own_sampler(args, sd, seeds, scorer, [texts.get(prompt, "") for prompt, _ in each])
         settings |= {key: getattr(args, key) for key in RIVAL} if sampler else {}
+        if args.image_prompt:
+            how["image_prompt"] = image_prompt(args, sd)
+            settings |= {"image_prompt": args.image_prompt, "noise_level": args.noise_level}
         steps = len(sampler.path) if sampler else args.sample_steps
         progress = Progress(-(-len(each) // args.batch_size) * steps, "step")
         how |= {"size": args.size, "batch_size": args.batch_size, "sampler": sampler}

@@ -12,16 +12,20 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     EulerDiscreteScheduler,
     LDMTextToImagePipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    StableUnCLIPImg2ImgPipeline,
     UNet2DConditionModel,
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from transformers import (
     BertTokenizer,
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
@@ -120,6 +124,15 @@ UNETS["small"] = UNET | {
     "attention_head_dim": 2,
     "cross_attention_dim": 32,
     "norm_num_groups": 8,  # with one channel per group, GroupNorm would cancel the shift by the time step
+}
+UNETS["unclip"] = UNETS["small"] | {
+    "block_out_channels": [64, 64],
+    "attention_head_dim": 1,
+    "use_linear_projection": True,
+    "cross_attention_dim": 64,
+    "norm_num_groups": 32,
+    "class_embed_type": "projection",
+    "projection_class_embeddings_input_dim": 2 * 24,  # the embedding of a picture, and its noise level
 }
 VAE = {
     "block_out_channels": [32, 32, 64, 64],
@@ -293,6 +306,29 @@ def save_sdxl(folder: Path, prediction_type: str = "epsilon", **options) -> Path
     return folder
 
 
+def unclip_pipeline(folder: Path) -> StableUnCLIPImg2ImgPipeline:
+    """A Stable unCLIP as published, but small; its tokenizer lies in `folder`, and it samples with DDIM."""
+    words = write_tokenizer(folder / "words", pad="!")
+    tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=77)
+    normalizer = StableUnCLIPImageNormalizer(24)
+    generator = torch.Generator().manual_seed(7)
+    normalizer.mean.data = torch.randn(1, 24, generator=generator)
+    normalizer.std.data = 0.3 + torch.rand(1, 24, generator=generator)
+    pipe = StableUnCLIPImg2ImgPipeline(
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=32),
+        image_encoder=image_encoder(num_attention_heads=1),  # 64 channels a head, as in OpenAI's ViT-L/14
+        image_normalizer=normalizer,
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        tokenizer=tokenizer,
+        text_encoder=text_encoder("sd2", len(tokenizer)),
+        unet=unet("unclip"),
+        scheduler=DDIMScheduler(**SCHEDULE, prediction_type="v_prediction"),
+        vae=vae(**SMALL_VAE),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def save_folder(folder: Path, family: str = "sd1", prediction_type: str = "epsilon", **options) -> Path:
     """A checkpoint folder as published: written by diffusers, with the slow tokenizer's files."""
     pipe = pipeline(folder.parent / f"{folder.name}-words", family, prediction_type)
@@ -332,11 +368,16 @@ def single_file(sd: minti.StableDiffusion) -> dict[str, torch.Tensor]:
         texts = [(sd.text_encoder, blocks, keymap.OPENCLIP_LAYERS, "cond_stage_model.model.")]
     else:
         texts = [(sd.text_encoder, {"text_model.": ""}, {}, "cond_stage_model.transformer.text_model.")]
+    prompter, images = sd.image_prompter, []
+    if prompter:
+        blocks = keymap.openai_image_blocks(prompter.image_encoder.config)
+        images = [(prompter.image_encoder, blocks, keymap.OPENAI_LAYERS, "embedder.model.")]
     weights = {}
     for module, *names in (
         (sd.unet, keymap.unet_blocks(sd.unet.config), keymap.UNET_LAYERS, "model.diffusion_model."),
         (sd.vae, keymap.vae_blocks(sd.vae.config), keymap.VAE_LAYERS, "first_stage_model."),
         *texts,
+        *images,
     ):
         state = module.state_dict()
         weights |= to_single_file(state, keymap.find_origins(state, *names))

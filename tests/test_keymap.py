@@ -205,7 +205,7 @@ def test_sdxl_single_file_is_covered_by_the_same_tables(part: str, prefix: str) 
 
 # Against diffusers' own converters, at small size ---
 
-SMALL_UNETS = {name: UNETS[name] for name in ("sd1", "sd2", "inpainting", "sdxl")} | {
+SMALL_UNETS = {name: UNETS[name] for name in ("sd1", "sd2", "inpainting", "sdxl", "unclip")} | {
     "three levels, one layer": {
         "block_out_channels": [32, 96, 64],
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
@@ -258,7 +258,7 @@ def test_unet_names_are_those_of_diffusers_converter(name: str) -> None:
     assert all(torch.equal(converted[key], state[key]) for key in state)
     # Back again, from nothing but the shapes.
     below = {key.removeprefix("model.diffusion_model."): tuple(t.shape) for key, t in stored.items()}
-    inferred = infer.unet_config(below)
+    inferred = infer.unet_config(below, is_sdxl=name == "sdxl")
     free = {"sample_size": 0, "addition_time_embed_dim": 0, "num_attention_heads": 0, "upcast_attention": 0}
     assert vars(inferred) | free == vars(config) | free
     with torch.device("meta"):

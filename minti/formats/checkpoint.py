@@ -22,11 +22,13 @@ from ..model.diffusion import Schedule
 from ..model.sdxl import TwoTextEncoders
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import Tokenizer
+from ..model.unclip import ImageNormalizer, ImagePrompter, NormalizerConfig
 from ..model.unet import UNet
 from ..model.wordpiece import WordPieceTokenizer
 from .folder import plan_folder
 from .load_plan import CheckpointPlan, refuse_problems
 from .overlay import lay_over
+from .preprocess import Preprocess
 from .single_file import plan_single_file, plan_vae
 from .vocabulary import read_tokenizer
 
@@ -90,6 +92,8 @@ def load(
         pad_2 = load_tokenizer(plan, tokenizer, second=True).pad_id
         both = modules["text_encoder"], modules.pop("text_encoder_2")
         modules["text_encoder"] = TwoTextEncoders(*both, pad_2)
+    if plan.is_unclip:
+        modules["image_prompter"] = make_prompter(plan, modules, where)
     for name, other in {"unet": unet, "text_encoder": text_encoder}.items():
         if other is not None:
             lay_over(name, modules[name], other)
@@ -110,6 +114,15 @@ def load(
             modules[name].to(memory_format=torch.channels_last)
     modules |= {"schedule": Schedule(plan.schedule, where), "zero_empty_prompt": plan.zero_empty_prompt}
     return StableDiffusion(words, source=str(path), **modules)
+
+
+def make_prompter(plan: CheckpointPlan, modules: dict[str, nn.Module], device: torch.device) -> ImagePrompter:
+    """What unCLIP is shown pictures by, of the modules that belong to it, which are taken out."""
+    encoder, normalizer = modules.pop("image_encoder"), modules.pop("image_normalizer", None)
+    if normalizer is None:  # files do not hold it
+        normalizer = ImageNormalizer(NormalizerConfig(encoder.config.projection_dim)).to(device)
+    preprocess = Preprocess.read(plan.path / "feature_extractor", encoder.config.image_size)
+    return ImagePrompter(encoder, normalizer, Schedule(plan.image_noise), preprocess)
 
 
 def set_clip_skip(text_encoder: nn.Module, layer: int) -> None:

@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..model.bert import BertConfig
 from ..model.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ..model.image_encoder import VisionConfig
+from ..model.unclip import NormalizerConfig
 from .json_checks import (
     REQUIRED,
     Table,
@@ -91,6 +92,7 @@ UNET: Table = {
     "addition_embed_type": (None, one_of(None, "text_time")),
     "addition_time_embed_dim": (None, optional(whole(2, WIDTH))),
     "projection_class_embeddings_input_dim": (None, optional(whole(1, WIDTH))),
+    "class_embed_type": (None, one_of(None, "projection")),
     # What follows has one value in all models that minti implements.
     "act_fn": ("silu", one_of("silu", "swish")),
     "flip_sin_to_cos": (True, one_of(True)),
@@ -141,6 +143,9 @@ SCHEDULE: Table = {
     "set_alpha_to_one": (True, one_of(True, False)),
     "rescale_betas_zero_snr": (False, flag),
 }
+# Of the noise in unCLIP's pictures, and of the pictures' embeddings.
+IMAGE_NOISE: Table = SCHEDULE | {"beta_schedule": (REQUIRED, one_of("squaredcos_cap_v2"))}
+NORMALIZER: Table = {"embedding_dim": (768, whole(1, WIDTH))}
 
 
 def per_level(values: Mapping[str, Any], key: str, levels: int, source: str) -> tuple[int, ...]:
@@ -196,7 +201,9 @@ def unet_config(raw: Mapping[str, Any], source: str) -> UNetConfig:
     if len(set(layers)) > 1:
         raise InputError(f"{source}: layers_per_block = {list(layers)} should be the same for each level")
     if values["addition_embed_type"] is None:
-        values |= {"addition_time_embed_dim": None, "projection_class_embeddings_input_dim": None}
+        values["addition_time_embed_dim"] = None
+        if values["class_embed_type"] is None:
+            values["projection_class_embeddings_input_dim"] = None
     return _same_names(
         UNetConfig,
         values,
@@ -215,9 +222,14 @@ def vae_config(raw: Mapping[str, Any], source: str) -> VAEConfig:
     return _same_names(VAEConfig, read_keys(raw, VAE, source))
 
 
-def schedule_config(raw: Mapping[str, Any], source: str) -> ScheduleConfig:
+def normalizer_config(raw: Mapping[str, Any], source: str) -> NormalizerConfig:
+    """The config of a StableUnCLIPImageNormalizer."""
+    return _same_names(NormalizerConfig, read_keys(raw, NORMALIZER, source))
+
+
+def schedule_config(raw: Mapping[str, Any], source: str, table: Table = SCHEDULE) -> ScheduleConfig:
     """The config of a scheduler; keys it leaves out take the defaults of diffusers' DDIMScheduler."""
-    return _same_names(ScheduleConfig, read_keys(raw, SCHEDULE, source))
+    return _same_names(ScheduleConfig, read_keys(raw, table, source))
 
 
 def _same_names(kind: type[Config], values: Mapping[str, Any], **others: Any) -> Config:

@@ -13,6 +13,8 @@ from ..errors import InputError
 from ..model.bert import BertTextModel
 from ..model.clip import CLIPTextModel
 from ..model.diffusion import Schedule
+from ..model.image_encoder import CLIPVisionModel
+from ..model.unclip import ImageNormalizer
 from ..model.unet import UNet
 from ..model.vae import VAE
 from . import configs
@@ -28,6 +30,11 @@ PARTS = {  # name of the part and its folder -> reader of its config, module, na
     "text_encoder": (configs.text_config, CLIPTextModel, "model"),
     "unet": (configs.unet_config, UNet, STEM),
     "vae": (configs.vae_config, VAE, STEM),
+}
+UNCLIP = "StableUnCLIPImg2ImgPipeline"
+UNCLIP_PARTS = {
+    "image_encoder": (configs.vision_config, CLIPVisionModel, "model"),
+    "image_normalizer": (configs.normalizer_config, ImageNormalizer, STEM),
 }
 REFINER = "is the refiner of SDXL, which only finishes pictures; use stable-diffusion-xl-base-1.0"
 PLAYGROUND = "was trained with EDM's noise levels, as Playground v2.5 and CosXL, which minti does not have"
@@ -57,10 +64,13 @@ def plan_folder(
         wanted["text_encoder_2"] = PARTS["text_encoder"]
         if not (path / "text_encoder").is_dir():
             raise InputError(f"{path}: {REFINER}")
+    if is_unclip := kind == UNCLIP or (path / "image_normalizer").is_dir():
+        wanted |= UNCLIP_PARTS
+        folders |= {name: name for name in UNCLIP_PARTS}
     if vae:
         del wanted["vae"]
     missing = [folders[name] for name in (*wanted, "scheduler") if not (path / folders[name]).is_dir()]
-    other = bool(kind) and "StableDiffusion" not in kind and not is_ldm
+    other = bool(kind) and "StableDiffusion" not in kind and not (is_ldm or kind == UNCLIP)
     if missing or other:
         what = f"a {kind}" if other else f"no {', no '.join(missing)} folder"
         files = [p.name for p in sorted(path.glob("*")) if p.suffix in (".safetensors", ".ckpt")]
@@ -93,6 +103,10 @@ def plan_folder(
         raise InputError(f"{path}: no weights of variant {variant!r} in any part; leave out --variant")
     unexpected = [f"{name}/{key}" for name, part in parts.items() for key in unclaimed_keys([part])]
     plan = CheckpointPlan(path, "diffusers", parts, schedule, unexpected=unexpected, notes=notes)
+    if is_unclip:
+        source = path / "image_noising_scheduler" / "scheduler_config.json"
+        with naming(source, "the schedule of the noise in unCLIP's pictures"):
+            plan.image_noise = configs.schedule_config(read_json(source), str(source), configs.IMAGE_NOISE)
     plan.zero_empty_prompt = plan.is_sdxl and index_json.get("force_zeros_for_empty_prompt") is not False
     return plan
 

@@ -66,6 +66,8 @@ def unet_blocks(config: UNetConfig) -> dict[str, str]:
         "time_embedding.linear_2.": "time_embed.2.",
         "add_embedding.linear_1.": "label_emb.0.0.",
         "add_embedding.linear_2.": "label_emb.0.2.",
+        "class_embedding.linear_1.": "label_emb.0.0.",
+        "class_embedding.linear_2.": "label_emb.0.2.",
         "conv_in.": "input_blocks.0.0.",
         "mid_block.resnets.0.": "middle_block.0.",
         "mid_block.attentions.0.": "middle_block.1.",

@@ -20,6 +20,8 @@ from ..model.tokenizer import PROMPT_LENGTH
 from .keymap import IGNORED, Origin, stored_shapes, to_ours
 from .weightfile import WeightFile
 
+UNCLIP_NOISE = ScheduleConfig(beta_schedule="squaredcos_cap_v2")
+
 
 @dataclass
 class PartPlan:
@@ -97,8 +99,10 @@ class CheckpointPlan:
     Attributes:
         path: the folder or file.
         layout: "diffusers" or "single file".
-        parts: "text_encoder", "unet", "vae", and for SDXL "text_encoder_2".
+        parts: "text_encoder", "unet", "vae"; for SDXL "text_encoder_2"; for unCLIP "image_encoder" and, in a
+            folder, "image_normalizer".
         schedule: noise schedule and prediction type.
+        image_noise: for unCLIP, the schedule of the noise in its pictures.
         pad: the tokenizer's padding token, where the family fixes it.
         zero_empty_prompt: the model was trained with zeros for no prompt.
         ask_prediction_type: nothing tells eps from v but the weights themselves.
@@ -115,6 +119,7 @@ class CheckpointPlan:
     ask_prediction_type: bool = False
     unexpected: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    image_noise: ScheduleConfig = UNCLIP_NOISE
 
     def problems(self) -> list[str]:
         """Everything that keeps it from being loaded, one line each; empty if all is well."""
@@ -138,14 +143,27 @@ class CheckpointPlan:
                 f"unet: attends to vectors of {unet.cross_attention_dim}, the text encoder gives {width}"
             )
         pooled = getattr(texts.get("text_encoder_2"), "projection_dim", None)
-        needed = pooled and pooled + 6 * (unet.addition_time_embed_dim or 0)
-        if unet.projection_class_embeddings_input_dim != needed:
-            found.append("unet: needs more than a prompt (sizes as SDXL, or a picture as unCLIP)")
+        told = pooled and pooled + 6 * (unet.addition_time_embed_dim or 0)
+        if self.is_unclip:
+            shown = self.parts["image_encoder"].module.config.projection_dim
+            told = 2 * shown  # with as many sinusoids of the noise level
+            normalizer = self.parts.get("image_normalizer")
+            if normalizer and (width := normalizer.module.config.embedding_dim) != shown:
+                found.append(f"image_normalizer: is {width} wide, embeddings of pictures are {shown}")
+        if (needed := unet.projection_class_embeddings_input_dim) != told:
+            found.append(
+                f"unet: needs more than a prompt ({needed or 0} numbers, of sizes as SDXL or of a picture as "
+                f"unCLIP; the other parts give {told or 0})"
+            )
         return found + [f"unexpected key {key}" for key in self.unexpected]
 
     @property
     def is_sdxl(self) -> bool:
         return "text_encoder_2" in self.parts
+
+    @property
+    def is_unclip(self) -> bool:
+        return "image_encoder" in self.parts
 
     @property
     def family(self) -> str:
@@ -154,4 +172,5 @@ class CheckpointPlan:
         name = {768: "SD 1.x", 1024: "SD 2.x", 1280: "LDM", 2048: "SDXL"}.get(
             unet.cross_attention_dim, "Stable Diffusion, own size"
         )
+        name += " unCLIP" if self.is_unclip else ""
         return name + (" inpainting" if unet.in_channels == 9 else "")

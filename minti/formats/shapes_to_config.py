@@ -107,11 +107,14 @@ def openai_vision_config(shapes: Shapes) -> VisionConfig:
     )
 
 
-def unet_config(shapes: Shapes) -> UNetConfig:
+def unet_config(shapes: Shapes, *, is_sdxl: bool = True) -> UNetConfig:
     """From the keys of the CompVis layout (`input_blocks...`).
 
     There every level is `layers_per_block` residual blocks followed by one that halves the resolution (`op`),
     so the index of the first `op` tells the number of layers, and their count the number of levels.
+
+    Args:
+        is_sdxl: a `label_emb` is for SDXL's sizes and text; otherwise for the picture that unCLIP is shown.
     """
     ops = sorted(int(m[1]) for key in shapes if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", key)))
     layers = (ops[0] if ops else _count(shapes, r"input_blocks\.(\d+)\.")) - 1
@@ -125,7 +128,7 @@ def unet_config(shapes: Shapes) -> UNetConfig:
     if not attended:
         raise InputError("the UNet has no cross-attention; only text-to-image models can be used")
     linear = len(shapes[f"{attended[0]}.proj_in.weight"]) == 2
-    pooled = shapes.get("label_emb.0.0.weight")
+    told = shapes.get("label_emb.0.0.weight")
     return UNetConfig(
         in_channels=shapes["input_blocks.0.0.weight"][1],
         out_channels=shapes["out.2.weight"][0],
@@ -136,9 +139,9 @@ def unet_config(shapes: Shapes) -> UNetConfig:
         num_attention_heads=tuple(max(1, c // 64) if linear else 8 for c in channels),
         cross_attention_dim=shapes[f"{attended[0]}.transformer_blocks.0.attn2.to_k.weight"][1],
         use_linear_projection=linear,
-        upcast_attention=linear and not pooled,  # SD 2.1 needs it, 2.0 cannot be told apart
-        addition_time_embed_dim=256 if pooled else None,
-        projection_class_embeddings_input_dim=pooled[1] if pooled else None,
+        upcast_attention=linear and not (told and is_sdxl),  # SD 2.1 needs it, 2.0 cannot be told apart
+        addition_time_embed_dim=256 if told and is_sdxl else None,
+        projection_class_embeddings_input_dim=told[1] if told else None,
     )
 
 

@@ -16,6 +16,7 @@ from ..model.bert import BertTextModel
 from ..model.clip import CLIPTextModel
 from ..model.config import ScheduleConfig
 from ..model.diffusion import Schedule
+from ..model.image_encoder import CLIPVisionModel
 from ..model.tokenizer import END
 from ..model.unet import UNet
 from ..model.vae import VAE
@@ -37,9 +38,11 @@ CLIP_PREFIXES = (
     "conditioner.embedders.0.transformer.text_model.",  # SDXL's first
 )
 SDXL_PREFIX_2 = "conditioner.embedders.1.model."
+UNCLIP_PREFIX = "embedder.model."  # of the CLIP whose image encoder unCLIP has
 # Keys that would be errors if they were not there twice: the text encoder again, under its other prefix.
 TWICE = r"cond_stage_model\.transformer\.(embeddings|encoder|final_layer_norm)\..*"
 MODEL = "a whole Stable Diffusion model"
+VIT_H = 1280  # the width of OpenCLIP's ViT-H/14, which is unCLIP-h's
 
 
 def plan_single_file(path: Path, ema: bool, vae: PartPlan | None = None) -> CheckpointPlan:
@@ -58,11 +61,13 @@ def plan_single_file(path: Path, ema: bool, vae: PartPlan | None = None) -> Chec
         raise InputError(f"{path}: {REFINER}")
     text_prefix = _refuse_unless_whole(file, with_vae=vae is None)
     with naming(path, MODEL), torch.device("meta"):
-        unet = UNet(shapes_to_config.unet_config(strip_prefix(UNET_PREFIX, file.shapes)))
+        below = strip_prefix(UNET_PREFIX, file.shapes)
+        unet = UNet(shapes_to_config.unet_config(below, is_sdxl=is_sdxl))
         # Stable Diffusion 2 is told by its OpenCLIP, or by the projections of its UNet if that is renamed.
         is_sd2 = not is_sdxl and (text_prefix in OPENCLIP_PREFIXES or unet.config.use_linear_projection)
         text = _plan_text(file, text_prefix, is_sd2)
         text_2 = _plan_second_text(file, unet) if is_sdxl else None
+        image = _plan_image(file) if f"{UNCLIP_PREFIX}visual.proj" in file.shapes else None
         blocks = keymap.unet_blocks(unet.config)
     unet_part = PartPlan(unet, find_origins(unet.state_dict(), blocks, UNET_LAYERS, UNET_PREFIX), [file])
     if vae:
@@ -70,10 +75,17 @@ def plan_single_file(path: Path, ema: bool, vae: PartPlan | None = None) -> Chec
     parts = {"text_encoder": text, "unet": unet_part, "vae": vae or _plan_vae_in(file, VAE_PREFIX)}
     if text_2:
         parts["text_encoder_2"] = text_2
+    if image:
+        parts["image_encoder"] = image
     pad = "!" if is_sd2 else END
     plan = CheckpointPlan(path, "single file", parts, ScheduleConfig(), pad, zero_empty_prompt=is_sdxl)
     ours = [part for part in plan.parts.values() if part.files == [file]]
     plan.unexpected = [key for key in unclaimed_keys(ours) if key not in MARKERS]
+    if image and image.module.config.hidden_size != VIT_H:
+        plan.notes.append(
+            "picture embeddings: mean 0 and std 1, since the file does not hold those of unCLIP-l; its "
+            "diffusers folder does"
+        )
     _choose_ema(plan, file, ema)
     _read_schedule(plan, file, ask=is_sd2)
     return plan
@@ -158,6 +170,18 @@ def _plan_second_text(file: WeightFile, unet: UNet) -> PartPlan:
     return PartPlan(text, find_origins(text.state_dict(), blocks, OPENAI_LAYERS, SDXL_PREFIX_2), [file])
 
 
+def _plan_image(file: WeightFile) -> PartPlan:
+    """The image encoder of unCLIP: of OpenCLIP's ViT-H/14, or of OpenAI's ViT-L/14, without the text half."""
+    config = shapes_to_config.openai_vision_config(strip_prefix(UNCLIP_PREFIX, file.shapes))
+    if config.hidden_size == VIT_H:
+        config = replace(config, hidden_act="gelu", num_attention_heads=16)
+    image, blocks = CLIPVisionModel(config), keymap.openai_image_blocks(config)
+    unused = rf"{re.escape(UNCLIP_PREFIX)}(?!visual\.).*|noise_augmentor\..*"
+    return PartPlan(
+        image, find_origins(image.state_dict(), blocks, OPENAI_LAYERS, UNCLIP_PREFIX), [file], unused
+    )
+
+
 def _choose_ema(plan: CheckpointPlan, file: WeightFile, ema: bool) -> None:
     """Training keeps a running average beside the raw weights; some files have both."""
     origins = plan.parts["unet"].origins
@@ -210,6 +234,9 @@ def _read_schedule(plan: CheckpointPlan, file: WeightFile, ask: bool) -> None:
         told.append(("v_prediction", "its metadata says"))
     if "v_pred" in file.shapes:
         told.append(("v_prediction", "its key v_pred says"))
+
+    if plan.is_unclip:
+        told.append(("v_prediction", "all unCLIP models do"))
 
     zero = "ztsnr" in file.shapes or meta.get("ss_zero_terminal_snr") == "True"
     if (found := _stored_schedule(file)) is not None:

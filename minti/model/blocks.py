@@ -103,8 +103,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W), or to `size`, which is one less where `Downsample` rounded up."""
-        scale = 2.0 if size is None else None
-        return self.conv(F.interpolate(x, size=size, scale_factor=scale, mode="nearest"))
+        return self.conv(F.interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest"))
 
 
 class GEGLU(nn.Module):

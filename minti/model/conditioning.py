@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .tokenizer import Tokenizer
@@ -17,7 +18,7 @@ class Conditioning(NamedTuple):
     """What the UNet is conditioned on beside the time step, for B prompts."""
 
     context: Tensor  # (B, 77, D), which it attends to
-    # SDXL: the pooled text, (B, P), and sizes and crops in pixels, (B, 6)
+    # SDXL: the pooled text, (B, P), and sizes and crops in pixels, (B, 6). unCLIP: see `ClassEmbedding`.
     added: tuple[Tensor, ...] | None = None
 
     def take(self, order: list[int]) -> Conditioning:
@@ -32,7 +33,7 @@ class Conditioning(NamedTuple):
         """What `UNet.embed_time` gives for each of some time steps, computed for all of them at once.
 
         Returns:
-            time step -> (1, ...), or (B, ...) for SDXL, where it depends on the prompt.
+            time step -> (1, ...), or (B, ...) where it depends on the prompt, as in SDXL and unCLIP.
         """
         rows = 1 if self.added is None else len(self.context)
         added = self.added and tuple(condition.repeat(len(times), 1) for condition in self.added)
@@ -90,6 +91,7 @@ def encode_each(
     zero_empty: bool,
     long_prompts: bool = False,
     size_condition: Sequence[int] | None = None,
+    shown: Tensor | None = None,
 ) -> Conditioning:
     """Conditions of each of some prompts, None for no prompt. Every different prompt is encoded once.
 
@@ -100,6 +102,7 @@ def encode_each(
         long_prompts: encode prompts of more than 75 tokens in parts, instead of cutting them off.
         size_condition: for SDXL, the crop that the pictures should look like, in pixels: height and width of
             the original, top and left of the crop, its height and width; by default all of `size`.
+        shown: for unCLIP, what it is shown beside the last of the prompts, (n, 2P); the others get zeros.
     """
     different, (width, height) = list(dict.fromkeys(texts)), size
     parts = [encode_parts(tokenizer, text or "", long_prompts) for text in different]
@@ -108,4 +111,7 @@ def encode_each(
     each = join_parts(condition(ids, sizes), [len(part) for part in parts])
     if zero_empty and None in different:
         each.clear(different.index(None))
-    return each.take([different.index(text) for text in texts])
+    each = each.take([different.index(text) for text in texts])
+    if shown is None:
+        return each
+    return each._replace(added=(F.pad(shown, (0, 0, len(texts) - len(shown), 0)),))  # (n, 2P) -> (B, 2P)

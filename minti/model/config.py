@@ -56,7 +56,7 @@ class UNetConfig:
     norm_eps: float = 1e-5
     # SDXL: widths of the embedding of one size, and of the pooled text together with six such embeddings.
     addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None  # with no such sizes: unCLIP's, of a picture
     sample_size: tuple[int, int] = (64, 64)  # height and width, in latents, of the pictures it was trained on
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class ScheduleConfig:
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear"
+    beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear", or "squaredcos_cap_v2"
     prediction_type: str = "epsilon"  # what the UNet predicts; or "v_prediction", or "sample" (x0)
     timestep_spacing: str = "leading"  # or "trailing", or "linspace"
     steps_offset: int = 1

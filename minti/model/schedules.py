@@ -13,6 +13,9 @@ def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
     start, end, T = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.beta_schedule == "scaled_linear":
         betas = np.linspace(start**0.5, end**0.5, T) ** 2
+    elif config.beta_schedule == "squaredcos_cap_v2":  # Nichol and Dhariwal, arXiv 2102.09672, equation 17
+        signal = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - signal[1:] / signal[:-1], 0.999)
     else:
         betas = np.linspace(start, end, T)
     alphas = np.cumprod(1 - betas)

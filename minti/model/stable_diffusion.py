@@ -18,6 +18,7 @@ from .diffusion import Schedule
 from .embedding import TokenEmbedding
 from .fitting import fit_word, tables_of
 from .tokenizer import Tokenizer
+from .unclip import ImagePrompt, ImagePrompter
 from .unet import UNet
 from .vae import VAE
 
@@ -38,6 +39,7 @@ class StableDiffusion:
     schedule: Schedule
     source: str = "the checkpoint"  # where it was loaded from, for messages
     zero_empty_prompt: bool = False  # was trained with zeros for no prompt, instead of the prompt ""
+    image_prompter: ImagePrompter | None = None  # of unCLIP only
 
     def __post_init__(self) -> None:
         self.canvas = BlankCanvas(self.unet, self.vae)  # which a UNet for inpainting sees beside x_t
@@ -100,9 +102,8 @@ class StableDiffusion:
     def condition(self, ids: Tensor, sizes: Tensor) -> Conditioning:
         """What the UNet is told of token ids, (B, 77), and of sizes and crops, (B, 6)."""
         text = self.text_encoder(ids.to(self.device))
-        if self.unet.add_embedding is None:
-            return Conditioning(text.context)
-        return Conditioning(text.context, (text.pooled, sizes.to(self.device)))
+        has_sizes = self.unet.add_embedding is not None
+        return Conditioning(text.context, (text.pooled, sizes.to(self.device)) if has_sizes else None)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
@@ -132,7 +133,7 @@ class StableDiffusion:
         Args:
             prompt: one prompt or several.
             options: `steps`, `guidance_scale`, `negative_prompt`, `eta`, `size`, `batch_size`,
-                `long_prompts`; see `sample_each`, `denoise`, `guided` and `encode_each`.
+                `long_prompts`, `image_prompt`; see `sample_each`, `denoise`, `guided` and `encode_each`.
         """
         check_number("num_images", num_images, int, 1)
         check_number("seed", seed, int, 0)
@@ -174,6 +175,7 @@ class StableDiffusion:
         eta: float = 0.0,
         size: int | tuple[int, int] | None = None,
         sampler: Callable[[Predict, Tensor], Iterator[Tensor]] | None = None,
+        image_prompt: ImagePrompt | None = None,
         **guidance: Any,
     ) -> Iterator[Tensor]:
         """Turn noise into latents, one picture for each prompt and its seed, yielding every x_t on the way.
@@ -184,6 +186,7 @@ class StableDiffusion:
             size: pixels, or (width, height), multiples of 8; by default what the model was trained on.
             sampler: another way from noise to picture than `Schedule.ddim_sample`. It is given the output of
                 `guided` and the noise x_T, (B, C, h, w) float32, and yields every x_t.
+            image_prompt: pictures that unCLIP is shown beside the prompt, from `ImagePrompter.prompt`.
             guidance: `guidance_scale`, `negative_prompt` and others of `guided`.
 
         Yields:
@@ -196,13 +199,12 @@ class StableDiffusion:
         (width, height), f = self.check_size(size), self.vae.config.downscale
         shape = (1, self.vae.config.latent_channels, height // f, width // f)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
+        shown = image_prompt and image_prompt(generators)  # drawn before the latents, as diffusers does
         x_T = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(self.device)
         times = [t for t, _ in self.schedule.timesteps(steps)]
-        predict = self.guided(prompts, times, (width, height), **guidance)
-        if sampler is None:
-            yield from self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
-        else:
-            yield from sampler(predict, x_T)
+        predict = self.guided(prompts, times, (width, height), shown=shown, **guidance)
+        ddim = self.schedule.ddim_sample(predict, x_T, steps, eta, generators)
+        yield from ddim if sampler is None else sampler(predict, x_T)
 
     def guided(
         self,

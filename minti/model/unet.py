@@ -23,6 +23,7 @@ from .attention import fused_linear
 from .blocks import Downsample, ResnetBlock, SpatialTransformer, TimeEmbedding, Upsample, timestep_embedding
 from .config import UNetConfig
 from .sdxl import AddedEmbedding
+from .unclip import ClassEmbedding
 
 
 class UNetBlock(nn.Module):
@@ -102,7 +103,7 @@ def run_layer(
 
 
 class UNet(nn.Module):
-    """The UNet of Stable Diffusion 1.x and 2.x, of their inpainting variants, and of SDXL.
+    """The UNet of Stable Diffusion 1.x and 2.x, of their inpainting variants, of SDXL and unCLIP.
 
     Modules have the key names of diffusers checkpoints. With `gradient_checkpointing` set, the backward pass
     computes every layer once more instead of keeping its activations (Chen et al., arXiv 1604.06174): less
@@ -119,9 +120,9 @@ class UNet(nn.Module):
         time_dim = 4 * channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(channels[0], time_dim)
-        self.add_embedding = None
-        if config.projection_class_embeddings_input_dim:
-            self.add_embedding = AddedEmbedding(config.projection_class_embeddings_input_dim, time_dim)
+        told = config.projection_class_embeddings_input_dim
+        self.add_embedding = AddedEmbedding(told, time_dim) if config.addition_time_embed_dim else None
+        self.class_embedding = ClassEmbedding(told, time_dim) if told and not self.add_embedding else None
 
         self.down_blocks = nn.ModuleList()
         skips = [channels[0]]  # channels of each output of the way down
@@ -158,15 +159,15 @@ class UNet(nn.Module):
 
         Args:
             t: (N,) time steps; N is the batch, or 1 for a whole batch, or the steps of a sampling run.
-            added: SDXL's further conditions, see `AddedEmbedding`, which raises InputError without them.
+            added: further conditions, of SDXL as `AddedEmbedding` has them, of unCLIP `ClassEmbedding`.
 
         Returns:
             (N, sum of shift_width): the shifts of all residual blocks, in the order of the forward pass.
         """
         sinusoids = timestep_embedding(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype)
         embedding = self.time_embedding(sinusoids)
-        if self.add_embedding is not None:
-            embedding = embedding + self.add_embedding(added)
+        for embed in [e for e in (self.add_embedding, self.class_embedding) if e is not None]:
+            embedding = embedding + embed(added)
         projections = [resnet.time_emb_proj for block in self.blocks for resnet in block.resnets]
         return fused_linear(projections, F.silu(embedding))
 
@@ -175,12 +176,11 @@ class UNet(nn.Module):
 
         A context (B, L, layers*D) has a part for each of them; see `TextEncoderPerLayer`.
         """
-        transformers = [transformer for block in self.blocks for transformer in block.attentions]
-        attentions = [block.attn2 for t in transformers for block in t.transformer_blocks]
+        attns = [b.attn2 for block in self.blocks for t in block.attentions for b in t.transformer_blocks]
         parts = context.split(self.config.cross_attention_dim, dim=-1)
         if len(parts) == 1:
-            return fused_linear([layer for a in attentions for layer in (a.to_k, a.to_v)], context)
-        each = zip(attentions, parts, strict=True)
+            return fused_linear([layer for a in attns for layer in (a.to_k, a.to_v)], context)
+        each = zip(attns, parts, strict=True)
         return torch.cat([fused_linear([a.to_k, a.to_v], part) for a, part in each], dim=-1)
 
     def denoise(self, x: Tensor, time_shifts: Tensor, context_kv: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class UNet(nn.Module):
             x: (B, in_channels, h, w) latents x_t, scaled to unit variance at t = 0.
             t: (B,) or (1,) time steps, 0 to 999.
             context: (B, L, D) output of the text encoder.
-            added: SDXL only, see `embed_time`.
+            added: SDXL and unCLIP only, see `embed_time`.
 
         Returns:
             (B, out_channels, h, w)

@@ -146,6 +146,5 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents as the encoder gives them -> (B, 3, H, W) pixels, about in [-1, 1]."""
-        return decode_in_tiles(
-            lambda z: self.decoder(self.post_quant_conv(z)), latents, self.tile, self.config.downscale
-        )
+        decode = nn.Sequential(self.post_quant_conv, self.decoder)
+        return decode_in_tiles(decode, latents, self.tile, self.config.downscale)
