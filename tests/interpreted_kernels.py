@@ -71,15 +71,15 @@ def test_half_precision(D: int, N: int, M: int, dtype: torch.dtype) -> None:
 
 
 def test_samples_and_heads_are_told_apart() -> None:
-    x = inputs(9, 11, 40, B=3, H=4)
+    x = inputs(9, 11, 40, B=2, H=3)
     assert_same(with_gradients(flash_attention, *x), reference(*x), 5e-6)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_large_logits_do_not_overflow(sign: int) -> None:
+def test_large_logits_do_not_overflow() -> None:
     """All around 250 or -250: without a shift, exp is infinite for the ones and no number at all is left of
     the others, whose lse makes it infinite again for keys beyond the end."""
     q, k, v, do = inputs(33, 40, 40)
+    sign = torch.tensor([1.0, -1.0])[:, None, None]  # of each head
     x = 60 * sign * q.abs(), k.abs(), v, do
     # Logits are good to 250 * 6e-8, and so are their exponentials, relatively.
     assert_same(with_gradients(flash_attention, *x), reference(*x), 1e-4)
@@ -91,7 +91,7 @@ def test_one_key() -> None:
 
 
 def test_memory_may_be_laid_out_in_any_way() -> None:
-    q, k, v, do = inputs(21, 34, 80, B=2)
+    q, k, v, do = inputs(9, 18, 80, B=2)
     expected = with_gradients(flash_attention, q, k, v, do)
     slices = torch.cat([F.pad(x.transpose(1, 2).flatten(2), (8, 0)) for x in (k, v)], dim=-1)
     k2, v2 = (slices[..., i : i + 160].unflatten(-1, (2, 80)).transpose(1, 2) for i in (8, 176))
@@ -112,7 +112,7 @@ def test_heads_are_merged_for_free() -> None:
         assert y.transpose(1, 2).is_contiguous(), x
 
 
-@pytest.mark.parametrize("N,parts", [(128, 1), (128, 2), (100, 4)])
+@pytest.mark.parametrize("N,parts", [(128, 1), (100, 4)])
 def test_parts_add_up(N: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that share the queries of a block of keys, here 4 blocks of them."""
     monkeypatch.setattr(operator, "PROGRAMS", parts)
@@ -130,13 +130,12 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.minti.attention_backward.default, (q, k, v, o, lse, do))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_to_one_graph(dynamic: bool, triton_chosen: None) -> None:
+def test_compiled_to_one_graph(triton_chosen: None) -> None:
     compiled = torch.compile(
         lambda q, k, v: 2 * kernels.scaled_dot_product_attention(q, k, v),
         fullgraph=True,
         backend="aot_eager",
-        dynamic=dynamic,
+        dynamic=True,
     )
     for N in (5, 9):
         x = inputs(N, 6, 40)

@@ -337,9 +337,9 @@ def test_no_tensor_of_a_single_file_can_be_spoiled_unnoticed(
         "first_stage_model.post_quant_conv.weight",
     ]
     # The others are only compared, all in the same way, so a few of them stand for all.
-    spoilings = {key: (None, (7, 5)) for key in list(shapes)[::41]}
+    spoilings = {key: (None, (7, 5)) for key in list(shapes)[::83]}
     for key in structural:
-        spoilings[key] = (None, (), (7,), (7, 5), (48, *shapes[key][1:]))
+        spoilings[key] = (None, (), (48, *shapes[key][1:]))
     for key, ways in spoilings.items():
         for spoiled in ways:
             current = {k: s for k, s in shapes.items() if k != key}

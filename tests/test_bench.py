@@ -16,9 +16,10 @@ import torch
 
 from minti.errors import InputError
 from minti.formats.vocabulary import read_tokenizer
+from minti.judge.prompts import PromptList, load_prompts
 from minti.model.config import TextConfig, UNetConfig, VAEConfig
 from tools.bench import main
-from tools.benchmark import floor, ours, parts, theirs
+from tools.benchmark import floor, ours, parts, quality, theirs
 from tools.benchmark.jobs import Job
 from tools.benchmark.models import MODELS, build, write_checkpoint, write_tokenizer
 from tools.benchmark.quality import Measured, overtakes
@@ -118,20 +119,27 @@ def test_other_work_is_not_compared(bench, monkeypatch, tmp_path):
         bench("--only", "train")
 
 
-def test_without_peers_and_their_memory(bench, monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else find(name))
-    report = bench("--only", "memory", "load", "attention", "--repeats", "1")
-    assert 'pip install -e ".[bench]"' in capsys.readouterr().err
+@pytest.mark.slow
+def test_memory(bench):
+    report = bench("--only", "memory", "--repeats", "1")
     found = [(row["what"], row["unit"], row["contender"]) for row in report["rows"]]
     assert found == [
         ("memory, training", "GiB", "minti"),
+        ("memory, training", "GiB", "diffusers"),
         ("memory, training", "GiB", "minti, checkpointing"),
         ("memory, sampling", "GiB", "minti"),
-        ("loading", "s", "minti"),
-        ("loading and looking", "s", "minti"),
+        ("memory, sampling", "GiB", "diffusers"),
     ]
-    assert all(0.05 < row["median"] < 4 for row in report["rows"][:3])  # torch and a model of 15 MB
+    assert all(0.05 < row["median"] < 4 for row in report["rows"])  # torch and a model of 15 MB
+
+
+def test_without_peers(bench, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else find(name))
+    report = bench("--only", "load", "attention", "--repeats", "1")
+    assert 'pip install -e ".[bench]"' in capsys.readouterr().err
+    found = [(row["what"], row["unit"], row["contender"]) for row in report["rows"]]
+    assert found == [("loading", "s", "minti"), ("loading and looking", "s", "minti")]
     assert all(row["floor"] is None for row in report["rows"])
     assert report["machine"]["torch"] and report["settings"]["size"] == 32
 
@@ -214,8 +222,10 @@ def test_sd15_is_what_minti_takes_for_it(tmp_path):
     assert len(tokenizer.encode("toy")) == 1
 
 
-def test_quality(bench, capsys):
+def test_quality(bench, capsys, monkeypatch):
     """The smallest run: every word is measured."""
+    few = PromptList(load_prompts("tiny-development").prompts[:2])
+    monkeypatch.setattr(quality, "load_prompts", lambda name: few)
     ways = ["minti", "direction", "per layer", "diffusers"]
     flags = ["--ways", *ways, "--concepts", "1", "--seeds", "1", "--at", "2"]
     flags += ["--peer-steps", "3", "--samples", "4", "--num-images", "1", "--steps", "1"]

@@ -127,9 +127,13 @@ def test_ddim(kind, spacing, to_one, eta):
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_zero_terminal_snr(kind, eta):
-    """Betas rescaled so that the last x_t is pure noise; diffusers does it in float32, hence 1e-5."""
+    """Betas rescaled so that the last x_t is pure noise; diffusers does it in float32, hence 1e-5.
+
+    With eta 1 the reference would take the root of a difference that is zero at the first step but for
+    rounding, which may make it negative.
+    """
     changes = {"prediction_type": kind, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     schedule, reference = both(**changes)
     assert schedule.alphas_cumprod[-1] == 0
@@ -142,9 +146,7 @@ def test_zero_terminal_snr(kind, eta):
     for i, t in enumerate(reference.timesteps):
         before = ours[i - 1] if i else x_T
         step = reference.step(torch.sin(2 * before + t / 300), t, before, eta=eta, generator=theirs[0])
-        # At the first step with eta 1 the reference takes the root of a difference that is zero but
-        # for rounding.
-        assert_parity({f"x after step {i}": (ours[i], step.prev_sample)}, 1e-3 if eta else 1e-5)
+        assert_parity({f"x after step {i}": (ours[i], step.prev_sample)}, 1e-5)
     with pytest.raises(InputError, match=r"rescale_betas_zero_snr .* v_prediction"):
         both(prediction_type="epsilon", rescale_betas_zero_snr=True)
 

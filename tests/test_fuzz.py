@@ -90,7 +90,7 @@ from tools import fuzz
 
 boundary = vocabulary.naming
 vocabulary.naming = lambda path, what: contextlib.nullcontext()
-code = fuzz.main(["--mutations", "20", "--kinds", "tokenizers", "--out", sys.argv[1]])
+code = fuzz.main(["--mutations", "12", "--kinds", "tokenizers", "--out", sys.argv[1]])
 vocabulary.naming = boundary
 for path in sorted(Path(sys.argv[1]).iterdir()):
     fuzz.main(["--replay", str(path)])
@@ -118,12 +118,12 @@ def test_a_mutation_depends_on_its_seed_alone(tmp_path: Path) -> None:
 
 
 def test_nothing_is_found_in_a_short_run(tmp_path: Path) -> None:
-    done = run("tools/fuzz.py", "--mutations", "42", "--kinds", *SHORT, "--out", str(tmp_path))
+    done = run("tools/fuzz.py", "--mutations", "24", "--kinds", *SHORT, "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     kind, count, accepted, refused, found = done.stdout.splitlines()[-1].split()
-    assert (kind, count, found) == ("all", "42", "0")
-    assert int(accepted) > 2
-    assert int(refused) > 10
+    assert (kind, count, found) == ("all", "24", "0")
+    assert int(accepted) > 0
+    assert int(refused) > 5
 
 
 SHORT = ("model", "single", "judge", "tokenizers", "words", "photos")  # those that need no training

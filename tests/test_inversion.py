@@ -477,7 +477,7 @@ def test_accumulation(options: dict, load: Callable) -> None:
         sd = load()
         settings = Settings(batch_size=batch_size, accumulate=accumulate, **options)
         inversion = Inversion(sd, [a_word(sd, 2), a_word(sd, 1, "<b>", seed=1)], settings)
-        losses = [inversion.step() for _ in range(5)]
+        losses = [inversion.step() for _ in range(3)]
         results.append((torch.stack(losses), *(rows.detach() for rows in inversion.rows)))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -506,22 +506,20 @@ def test_gradient_checkpointing(load: Callable) -> None:
     assert gradients[0].abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_loss_compiles_into_one_graph(
-    checkpointing: bool, load: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "what", ["step", *(pytest.param(w, marks=pytest.mark.slow) for w in ("checkpointing", "evaluation"))]
+)
+def test_the_loss_compiles_into_one_graph(what: str, load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same losses and rows. Without a code generator, which would take minutes."""
     graph = partial(torch.compile, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(shares, "compile_for", lambda device, function: graph(function))
     results = []
     for compiled in (False, True):
         sd = load()
-        sd.unet.gradient_checkpointing = checkpointing
+        sd.unet.gradient_checkpointing = what == "checkpointing"
         inversion = Inversion(sd, [a_word(sd, 2)], Settings(), compiled=compiled)
-        losses = [inversion.step() for _ in range(2)]
-        if not checkpointing:  # which an evaluation, without gradients, has nothing to do with
-            losses.append(inversion.evaluate())
-        results.append((*losses, inversion.rows[0].detach()))
+        run = inversion.evaluate if what == "evaluation" else inversion.step
+        results.append((run(), run(), inversion.rows[0].detach()))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
@@ -894,17 +892,17 @@ def three_words(sd: StableDiffusion) -> list[Word]:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_words_learned_together_are_those_learned_alone(options: dict, load: Callable) -> None:
-    """1e-5 after five steps: a batch of another size sums in another order."""
-    settings = Settings(steps=5, eval_size=6, **options)
+    """1e-5 after three steps: a batch of another size sums in another order."""
+    settings = Settings(steps=3, eval_size=6, **options)
     sd = load()
     together = Inversion(sd, three_words(sd), settings)
-    losses = torch.stack([together.step() for _ in range(5)])
+    losses = torch.stack([together.step() for _ in range(3)])
     for i in range(3):
         sd = load()
         word = three_words(sd)[i]
         alone = Inversion(sd, [word], settings)
         torch.testing.assert_close(
-            torch.cat([alone.step() for _ in range(5)]), losses[:, i], rtol=1e-5, atol=0
+            torch.cat([alone.step() for _ in range(3)]), losses[:, i], rtol=1e-5, atol=0
         )
         torch.testing.assert_close(together.rows[i], alone.rows[0], rtol=0, atol=1e-5)
         for a, b in zip(together.photo_rows[i], alone.photo_rows[0], strict=True):
@@ -978,7 +976,7 @@ def test_going_on_from_any_step(name: str, options: dict, load: Callable) -> Non
     for _ in range(4):
         inversion.step()
         states.append(snapshot(inversion))
-    for first in range(4):
+    for first in (1, 3):  # with all of three steps, and with the last alone, to go
         resumed = start()
         resumed.load_state_dict(states[first])
         assert resumed.step_count == first

@@ -113,7 +113,13 @@ torch.ops.minti.attention_backward(q, k, v, o, lse, o)
 
 
 @needs_triton
-@pytest.mark.parametrize("capability,shape", [("86", ("256", "77", "160")), ("90", ("1024", "1024", "40"))])
+@pytest.mark.parametrize(
+    "capability,shape",
+    [
+        ("86", ("256", "77", "160")),
+        pytest.param("90", ("1024", "1024", "40"), marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_for_a_gpu(capability: str, shape: tuple[str, ...], tmp_path: Path) -> None:
     """Down to machine code, for GPUs that are not there: Ampere as consumers have it, and Hopper."""
     result = run("-c", COMPILE, capability, *shape, TRITON_CACHE_DIR=str(tmp_path))

@@ -66,9 +66,10 @@ def compare_pictures(
     return {"pixels": ((ours / 2 + 0.5).clamp(0, 1), reference)}
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-@pytest.mark.parametrize("size", [(64, 64), (96, 64)])
-@pytest.mark.parametrize("schedule", ["auto", "as-published"])
+@pytest.mark.parametrize(
+    ("schedule", "size", "guidance_scale"),
+    [("auto", (64, 32), 5.0), ("auto", (32, 32), 1.0), ("as-published", (32, 64), 5.0)],
+)
 def test_pictures(schedule: str, size: tuple[int, int], guidance_scale: float, folder: Path) -> None:
     """With the folder's schedule as diffusers has it; with the right one once diffusers is told of it."""
     sd = minti.load(folder, device="cpu", dtype="float32", schedule=schedule)

@@ -57,14 +57,16 @@ def assert_same_pictures(pairs: compare.Pairs) -> None:
 # Sampling ---
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "how",
+    ("kind", "how"),
     [
-        {"guidance_scale": 1.0},
-        {"guidance_scale": 5.0, "size": (96, 64)},
-        {"guidance_scale": 5.0, "negative_prompt": ""},
-        {"guidance_scale": 5.0, "negative_prompt": "red toy", "num_images": 2, "size": (64, 64)},
+        ("epsilon", {"guidance_scale": 1.0}),
+        ("epsilon", {"guidance_scale": 5.0, "size": (64, 32)}),
+        ("v_prediction", {"guidance_scale": 5.0, "negative_prompt": "", "size": (32, 64)}),
+        (
+            "epsilon",
+            {"guidance_scale": 5.0, "negative_prompt": "red toy", "num_images": 2, "size": (32, 32)},
+        ),
     ],
     ids=str,
 )
@@ -126,8 +128,7 @@ def test_no_prompt_is_not_the_empty_prompt(root: Path) -> None:
     assert compare.relative_error(empty, red) > 2e-4  # what equal pictures may differ by
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_zero_terminal_snr(guidance_scale: float, root: Path, tmp_path: Path) -> None:
+def test_zero_terminal_snr(root: Path, tmp_path: Path) -> None:
     """The first step begins where nothing is left of a picture."""
     shutil.copytree(root / "v_prediction", tmp_path / "zero")
     path, more = tmp_path / "zero" / "scheduler" / "scheduler_config.json", {"timestep_spacing": "trailing"}
@@ -135,7 +136,7 @@ def test_zero_terminal_snr(guidance_scale: float, root: Path, tmp_path: Path) ->
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
     sd, pipe = minti.load(tmp_path / "zero", device="cpu"), pair(root, "v_prediction")[1]
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **more)
-    how = {"guidance_scale": guidance_scale, "negative_prompt": None, "size": (96, 64)}
+    how = {"guidance_scale": 5.0, "negative_prompt": None, "size": (64, 32)}
     assert_same_pictures(compare_pictures(sd, pipe, **how))
     assert pipe.scheduler.timesteps[0] == 999 and sd.schedule.alphas_cumprod[999] < 1e-7
 

@@ -150,18 +150,16 @@ def test_pictures_depend_on_what_they_should(models):
     assert sd.sample(**base)[0].tobytes() == reference.tobytes()
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("eta", [0.7])
 def test_batch_size_does_not_change_pictures(models, eta):
     sd, _ = models()
     how = {"num_images": 2, "steps": 3, "eta": eta, "seed": 11}
-    pictures = [np.stack(sd.sample(PROMPTS, batch_size=n, **how)).astype(int) for n in (1, 4, 6)]
+    pictures = [np.stack(sd.sample(PROMPTS, batch_size=n, **how)).astype(int) for n in (1, 4)]
     assert pictures[0].shape == (6, 64, 64, 3)
-    for other in pictures[1:]:
-        assert np.abs(other - pictures[0]).max() <= 1
+    assert np.abs(pictures[1] - pictures[0]).max() <= 1
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize(("family", "dtype"), [("sd1", "float16"), ("sd2", "bfloat16")])
 def test_half_precision(tmp_path, models, family, dtype):
     """Close to float32: within a few of the 256 levels, of which bfloat16 with its 8 bits takes the most."""
     folder = oracles.save_folder(tmp_path / "model", family)
@@ -195,8 +193,7 @@ def test_inpainting_model_paints_everything(models, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("num_vectors", [1, 3])
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize(("family", "num_vectors"), [("sd1", 3), ("sd2", 1)])
 def test_concept(tmp_path, family, num_vectors):
     """A learned word in both, from the same file."""
     folder = oracles.save_folder(tmp_path / "model", family)

@@ -92,8 +92,8 @@ def random_texts(count: int) -> list[str]:
 
 def test_transformers_on_thousands_of_strings(clip, reference):
     # transformers 5 leaves out how OpenAI's tokenizer cleans a text, so both are given clean ones.
-    texts = [text for text in map(clean, random_texts(4000)) if text == ftfy.fix_text(text)]
-    assert len(texts) > 3000
+    texts = [text for text in map(clean, random_texts(2000)) if text == ftfy.fix_text(text)]
+    assert len(texts) > 1500
     expected = reference(texts, padding="max_length", truncation=True)["input_ids"]
     wrong = [t for t, ids in zip(texts, expected, strict=True) if clip(t)[0].tolist() != ids]
     assert wrong == []

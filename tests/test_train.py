@@ -810,7 +810,7 @@ def test_concepts_that_are_no_list_of_words(concepts: object, run: Callable, tmp
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "direction"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "direction"])
 def test_two_processes(optimizer: str, run: Callable, base: Path, tmp_path: Path) -> None:
     """With the same batch in all, the vectors of one process up to 1e-5: sums in another order."""
     more = ["--num-vectors", "2", "--scale-lr", "--lr", "0.001", "--regularization", "0.01", "--steps", "5"]

@@ -146,7 +146,7 @@ def test_tuning_equals_the_reference(what: str, prediction_type: str, base: Path
     assert moved == set(tuner.weights["unet"])
 
 
-@pytest.mark.parametrize("name", ["sdxl", "ldm", "inpainting"])
+@pytest.mark.parametrize("name", ["sdxl", "ldm", pytest.param("inpainting", marks=pytest.mark.slow)])
 def test_every_family(name: str, base: Path, tmp_path: Path) -> None:
     """What is named changes, all else is equal bit for bit, and the file gives the same model again."""
     if name == "sdxl":
