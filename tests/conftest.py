@@ -8,6 +8,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands inherit it
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Have xdist hand out files in the order of their names.
+
+    It would keep files of few tests for the end, some of which take long, while other processes wait.
+    """
+    config.option.loadscopereorder = False
+
+
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of the family "small", which makes and judges pictures of 16 pixels. Not to be changed."""

@@ -21,7 +21,6 @@ from minti.model.kernels.operator import flash_attention
 from .test_kernels import assert_same, inputs, reference, with_gradients
 
 CPU = torch.device("cpu")
-DIMS = [40, 64, 80, 160]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +44,18 @@ def triton_chosen() -> None:
 
 # (N, M): an odd number of pixels, a prompt of 77 words, and whole blocks, which need no masks. The kernels
 # treat widths and lengths apart from each other, so that not every pair is needed.
-@pytest.mark.parametrize(("D", "N", "M"), [*((D, 35, 77) for D in DIMS), (40, 35, 35), (80, 64, 32)])
+@pytest.mark.parametrize(
+    ("D", "N", "M"),
+    [
+        (40, 35, 77),
+        (160, 35, 77),
+        (80, 64, 32),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in ((64, 35, 77), (80, 35, 77), (40, 35, 35))
+        ),
+    ],
+)
 def test_float32(D: int, N: int, M: int) -> None:
     # Rounding of float32 (6e-8) in sums of at most 160 terms, in another order than SDPA's.
     x = inputs(N, M, D, H=1)
@@ -112,7 +122,7 @@ def test_heads_are_merged_for_free() -> None:
         assert y.transpose(1, 2).is_contiguous(), x
 
 
-@pytest.mark.parametrize("N,parts", [(128, 1), (100, 4)])
+@pytest.mark.parametrize("N,parts", [pytest.param(128, 1, marks=pytest.mark.slow), (100, 4)])
 def test_parts_add_up(N: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that share the queries of a block of keys, here 4 blocks of them."""
     monkeypatch.setattr(operator, "PROGRAMS", parts)
@@ -122,6 +132,7 @@ def test_parts_add_up(N: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(a, b) for a, b in zip(actual, with_gradients(flash_attention, *x), strict=True))
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     q, k, v, do = inputs(5, 6, 40)
     x = [y.clone().requires_grad_() for y in (q, k, v)]
@@ -161,7 +172,7 @@ def test_chosen_by_attention(triton_chosen: None) -> None:
         assert torch.equal(attention(*map(merged, heads), 2), expected)
 
 
-@pytest.mark.parametrize("context", [None, 7])
+@pytest.mark.parametrize("context", [pytest.param(None, marks=pytest.mark.slow), 7])
 def test_checkpointing(context: int | None, triton_chosen: None) -> None:
     torch.manual_seed(0)
     module = Attention(80, 80, heads=2)

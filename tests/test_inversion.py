@@ -867,9 +867,8 @@ OPTIONS = {
     "per_image": {"per_image": 0.5, "caption_dropout": 0.3},
     "regularization": {"regularization": 0.1, "max_norm": 1.0, "accumulate": 2},
     "direction": {"optimizer": "direction", "per_image": 0.5, "t_min": 100, "t_max": 800},
-    "average": {"average": 3, "max_norm": 1.0},
+    "average": {"average": 3, "lr_schedule": "cosine", "warmup": 2, "weight_decay": 0.2, "betas": (0.5, 0.9)},
     "direction, average": {"optimizer": "direction", "average": 2},
-    "schedule": {"lr_schedule": "cosine", "warmup": 2, "weight_decay": 0.2, "betas": (0.5, 0.9)},
 }
 
 

@@ -82,8 +82,9 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_triton
-def test_in_the_interpreter() -> None:
-    result = run("-m", "pytest", "tests/interpreted_kernels.py", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(marks: str) -> None:
+    result = run("-m", "pytest", "-m", marks, "tests/interpreted_kernels.py", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-10000:]
 
 

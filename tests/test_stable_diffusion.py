@@ -64,7 +64,7 @@ def test_pictures(models, family, kind, guidance_scale, eta):
     "options",
     [
         {"steps": 1},
-        {"steps": 20},
+        pytest.param({"steps": 20}, marks=pytest.mark.slow),
         {"steps": 7, "eta": 1.0},
         {"negative_prompt": "red grass"},
         {"size": (96, 64)},  # width and height of latents: 12 x 8

@@ -85,7 +85,7 @@ def test_a_word_is_learned(sd: minti.StableDiffusion) -> None:
     photos = load_photos(TINY / "concepts" / "mushroom")
     views = make_views(photos, 64, flip=True)
     word = Word("<mushroom>", initial_rows(sd, "word", "toy"), encode_views(sd, views), lr=1e-2)
-    inversion = Inversion(sd, [word], Settings(steps=50, eval_size=32))
+    inversion = Inversion(sd, [word], Settings(steps=50, lr_schedule="cosine", eval_size=32))
     before = inversion.evaluate().item()
     for _ in range(50):
         inversion.step()
@@ -93,7 +93,7 @@ def test_a_word_is_learned(sd: minti.StableDiffusion) -> None:
 
     scorer = Scorer.load(TINY)
     targets = scorer.embed_images([photo.open() for photo in photos])
-    options = {"steps": 20, "guidance_scale": 5.0, "num_images": 4}
+    options = {"steps": 10, "guidance_scale": 5.0, "num_images": 4}
     learned, init = (
         (scorer.embed_images(sd.sample(f"a photo of a {name}", **options)) @ targets.T).mean().item()
         for name in ("<mushroom>", "toy")
