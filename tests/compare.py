@@ -54,6 +54,9 @@ def compare_unet(reference: UNet2DConditionModel, height: int, width: int) -> Pa
         pooled_dim = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         pooled = torch.randn(2, pooled_dim, generator=generator)
         added, kwargs = (pooled, sizes), {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+    if config.class_embed_type:
+        shown = torch.randn(2, config.projection_class_embeddings_input_dim, generator=generator)
+        added, kwargs = (shown,), {"class_labels": shown}
     return {"output": (ours(reference)(x, t, context, added), reference(x, t, context, **kwargs).sample)}
 
 

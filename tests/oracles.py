@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -25,7 +26,6 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
 from transformers import (
     BertTokenizer,
     CLIPConfig,
-    CLIPImageProcessor,
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
@@ -39,6 +39,9 @@ import minti
 from minti.formats import keymap
 from minti.model.sdxl import TwoTextEncoders
 from minti.model.tokenizer import byte_symbols
+
+# transformers 5 resizes with torchvision where that is installed, which rounds otherwise than Pillow.
+Processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Public key manifests, configs and vocabulary: at hand where minti is developed, not part of the project."""
@@ -315,7 +318,7 @@ def unclip_pipeline(folder: Path) -> StableUnCLIPImg2ImgPipeline:
     normalizer.mean.data = torch.randn(1, 24, generator=generator)
     normalizer.std.data = 0.3 + torch.rand(1, 24, generator=generator)
     pipe = StableUnCLIPImg2ImgPipeline(
-        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=32),
+        feature_extractor=Processor(size={"shortest_edge": 40}, crop_size=32),
         image_encoder=image_encoder(num_attention_heads=1),  # 64 channels a head, as in OpenAI's ViT-L/14
         image_normalizer=normalizer,
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),

@@ -25,6 +25,7 @@ NO_MIDDLE = {"mid_block_type": None, "layers_per_block": 1}
         ("sd2", NO_MIDDLE),
         ("inpainting", {}),
         ("sdxl", {}),
+        ("unclip", {}),
     ],
 )
 @pytest.mark.parametrize(("height", "width"), [(8, 16), (13, 9)])

@@ -37,7 +37,8 @@ def small() -> Iterator[tuple[str, str, compare.Pairs]]:
     text = oracles.text_encoder("sd2", projected=True)
     yield "text encoder", "projected, 3 x 64", compare.compare_text(text, compare.prompt_ids(600))
     yield "image encoder", "3 x 64", compare.compare_image_encoder(oracles.image_encoder())
-    for family, changes in (("sd1", {}), ("sd2", {}), ("inpainting", {}), ("sdxl", {}), ("sd1", NO_MIDDLE)):
+    plain = [(family, {}) for family in ("sd1", "sd2", "inpainting", "sdxl", "unclip")]
+    for family, changes in (*plain, ("sd1", NO_MIDDLE)):
         unet = oracles.unet(family, **changes)
         config = f"{family}, {'-'.join(map(str, unet.config.block_out_channels))}"
         config += ", no middle" if changes else ""

@@ -84,7 +84,7 @@ def load(
     plan = make_plan(path, variant=variant, ema=ema, vae=vae, schedule=schedule)
     refuse_problems(plan.path, plan.problems())
     words = load_tokenizer(plan, tokenizer)
-    dtypes = dict.fromkeys(plan.parts, DTYPES[dtype])
+    dtypes = dict.fromkeys(plan.parts, DTYPES[dtype]) | {"image_normalizer": torch.float32}
     if plan.is_sdxl and dtype == "float16" and plan.parts["vae"].module.config.force_upcast:
         dtypes["vae"] = torch.float32
     modules = {name: part.load(dtypes[name], where) for name, part in plan.parts.items()}

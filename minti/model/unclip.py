@@ -49,7 +49,7 @@ class NormalizerConfig:
 
 
 class ImageNormalizer(nn.Module):
-    """The mean and std of image embeddings, (1, P) each, with the key names of public checkpoints."""
+    """The mean and std of image embeddings, (1, P) each float32, with the key names of public checkpoints."""
 
     def __init__(self, config: NormalizerConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class ImagePrompter:
 
     def add_noise(self, embedding: Tensor, level: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Mix noise into an embedding, (1, P), once for each of n generators: (n, 2P), see this module."""
-        mean, std = self.normalizer.mean.float(), self.normalizer.std.float()
+        mean, std = self.normalizer.mean, self.normalizer.std
         signal, noise = self.schedule.signal_and_noise(level)
         eps = torch.cat([torch.randn(embedding.shape, generator=g) for g in generators]).to(embedding)
         noisy = (signal * (embedding - mean) / std + noise * eps) * std + mean  # (n, P)
