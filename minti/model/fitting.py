@@ -29,7 +29,7 @@ def prepare(
         if type(text_encoder) is not kind:
             known = "words per layer" if isinstance(text_encoder, SPECIAL[0]) else "output embeddings"
             what = "beside which words of this kind can be neither used nor learned"
-            raise InputError(f"the model knows {known}, {what}; load it again")
+            raise InputError(f"the model knows {known}, {what}; load it without those")
         return text_encoder
     if output_embedding:
         return TextEncoderWithOutputs(text_encoder)
