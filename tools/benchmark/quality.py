@@ -55,6 +55,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "average of 100": {"average": 100},
     "output": {"init": "output"},
     "2e-2": {"lr": 2e-2},
+    "2e-3": {"lr": 2e-3},
     "per layer": {"per_layer": True},
 }
 """Ways to learn a word, by what they change in the recipe `tiny`."""
