@@ -36,7 +36,7 @@ from minti.inversion.start import initial_rows
 from minti.judge.benchmark import Benchmark
 from minti.judge.prompts import fill, load_prompts
 from minti.judge.scorer import Scorer
-from minti.model.per_layer import TextEncoderPerLayer
+from minti.model.fitting import prepare
 from minti.study.classifier import Judge
 from tools.make_tiny import names
 from tools.make_tiny.concepts import object_picture
@@ -57,6 +57,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "2e-2": {"lr": 2e-2},
     "2e-3": {"lr": 2e-3},
     "per layer": {"per_layer": True},
+    "output embedding": {"output_embedding": True},
 }
 """Ways to learn a word, by what they change in the recipe `tiny`."""
 SCORES = ("loss", "kept", "followed", "clip_i", "clip_t", "length")
@@ -106,37 +107,38 @@ class Yardstick:
         for i in range(6):
             Image.fromarray(object_picture(named_thing(thing), i)).save(folder / f"{i + 1}.png")
         self.name, self.folder, self.init_word = thing.name, folder, KINDS[thing.kind].words[0]
-        self.sd, self.judge = minti.load(TINY, device="cpu"), Judge.load(TINY)
+        sd, self.judge = minti.load(TINY, device="cpu"), Judge.load(TINY)
         self.scorer, photos = Scorer.load(TINY), load_photos(folder)
         prompts = load_prompts("tiny-development")
         self.benchmark = Benchmark.make(self.scorer, [photo.open() for photo in photos], prompts)
         self.facts = {"noun": thing.name, "color": thing.color, "pattern": thing.pattern}
         self.facts |= {"color2": thing.color2} if thing.color2 else {}
-        self.latents = encode_views(self.sd, make_views(photos, size=64, flip=True))
+        self.latents = encode_views(sd, make_views(photos, size=64, flip=True))
         self.num_images, self.sample_steps = num_images, sample_steps
-        self.start = Concept("<it>", initial_rows(self.sd, "word", self.init_word))
+        self.start = Concept("<it>", initial_rows(sd, "word", self.init_word))
         self.word = Word("<it>", self.start.vectors, self.latents)
-        total = self.sd.schedule.config.num_train_timesteps
+        total = sd.schedule.config.num_train_timesteps
         self.batch = sample_batch(self.word, Settings(), total, samples, "quality")
 
     @torch.no_grad()
     def measure(self, word: Concept) -> dict[str, float]:
         """The SCORES of a word."""
-        rows = self.sd.add_concept(dataclasses.replace(word, placeholder="<it>"), replace=True)
-        inputs = loss_inputs(self.sd, [self.word], [self.batch])
+        sd = minti.load(TINY, device="cpu")  # anew, since words of different special kinds exclude each other
+        rows = sd.add_concept(dataclasses.replace(word, placeholder="<it>"))
+        inputs = loss_inputs(sd, [self.word], [self.batch])
         parts = zip(*(x.split(32) for x in inputs), strict=True)
-        losses = torch.cat([diffusion_loss(self.sd, *part) for part in parts])
+        losses = torch.cat([diffusion_loss(sd, *part) for part in parts])
         readings, embeddings, reconstruction = {}, {}, self.benchmark.prompts.reconstruction
         for template in self.benchmark.prompts.templates:
             count = self.num_images * (4 if template == reconstruction else 1)
             how = {"steps": self.sample_steps, "guidance_scale": 4.0, "num_images": count, "batch_size": 8}
-            images = self.sd.sample(fill(template, "<it>"), **how)
+            images = sd.sample(fill(template, "<it>"), **how)
             readings[template] = self.judge.read(images)
             embeddings[template] = self.scorer.measure(images)
         truth = self.judge.truth(readings, self.facts, reconstruction)
         scores = self.benchmark.score(embeddings, self.name)
         found = (truth.kept, truth.followed, scores.clip_i, scores.clip_t)
-        length = rows.norm(dim=1).mean().item() / vocabulary_norm(self.sd)
+        length = rows.norm(dim=1).mean().item() / vocabulary_norm(sd)
         return dict(
             zip(SCORES, (losses.mean().item(), *(score.value for score in found), length), strict=True)
         )
@@ -148,8 +150,8 @@ def learn_with_minti(
     """A word after a run of so many steps, and the seconds these took."""
     recipe = read_yaml(Path(minti.__file__).parent / "recipes" / "tiny.yaml") | changes
     sd = minti.load(TINY, device="cpu")
-    if recipe.get("per_layer"):
-        sd.text_encoder = TextEncoderPerLayer(sd.text_encoder, sd.unet)
+    kind = {key: recipe.get(key, False) for key in ("per_layer", "output_embedding")}
+    sd.text_encoder = prepare(sd.text_encoder, sd.unet, **kind)
     start = initial_rows(sd, recipe.get("init", "word"), yard.init_word)
     keys = [f.name for f in dataclasses.fields(Settings) if f.name in recipe]
     settings = Settings(**{key: recipe[key] for key in keys} | {"steps": steps})
