@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import shlex
 from html.parser import HTMLParser
@@ -258,6 +259,15 @@ def test_damaged_pieces(make):
     page = page_of(folder)
     assert len([tag for tag, _ in page.elements if tag == "img"]) == 1
     assert Run(folder).final("cosine") == 0.7 and Run(folder).last_step == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with a name")
+def test_pictures_that_are_pipes_are_left_out(make):
+    """Opening one would wait for a writer, and the command for ever."""
+    folder = make(FLAT)
+    os.mkfifo(folder / "inputs.png")
+    os.mkfifo(folder / "samples" / "step-000001.png")
+    assert not [tag for tag, _ in page_of(folder).elements if tag == "img"]
 
 
 def test_a_picture_cut_in_its_header_and_a_prompt_that_is_a_number(make):

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from PIL.Image import Transpose
 
 from ..errors import InputError
-from .reading import read_bytes
+from .reading import check_regular, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ def reading_picture(path: Path) -> Iterator[None]:
     """Within the block, Pillow has the limits above and gives no warnings; all it raises is InputError."""
     limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     try:
+        check_regular(path)
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it and refuses twice as much
         PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_CHUNK
         with warnings.catch_warnings():

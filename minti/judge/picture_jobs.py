@@ -232,7 +232,7 @@ class PictureStore:
             InputError: the file is damaged. Without it, the pictures are made again.
         """
         path = self.folder / f"{name}.png"
-        with reading_picture(path), Image.open(check_regular(path), formats=["PNG"]) as file:
+        with reading_picture(path), Image.open(path, formats=["PNG"]) as file:
             sheet, count = file.convert("RGB"), int(file.text["num_images"])
             if not 0 < count <= sheet.width * sheet.height:
                 raise ValueError(f"it cannot show {count} pictures")

@@ -18,6 +18,7 @@ from ..cli.progress import Progress, peak_memory
 from ..errors import InputError
 from ..formats.atomic import replacing, write_atomically
 from ..formats.photos import Photo
+from ..formats.reading import check_regular
 from ..model.stable_diffusion import StableDiffusion
 from ..runs.folder import STATE
 from ..runs.previews import previewing
@@ -88,7 +89,7 @@ class Run:
         except InputError as error:
             raise InputError(f"{path}: {error}; remove it to start again") from None
         if (self.out / "log.csv").exists():
-            text = (self.out / "log.csv").read_text(encoding="utf-8", errors="replace")
+            text = check_regular(self.out / "log.csv").read_text(encoding="utf-8", errors="replace")
             self.lines = text.splitlines()[: 1 + self.tuner.step_count]
         log.info("resumed after step %d", self.tuner.step_count)
 
