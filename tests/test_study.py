@@ -270,6 +270,7 @@ def test_described_concepts_are_those_of_the_world(described: str) -> None:
         ({"captions": {"long one": "epic"}}, "captions: toy has none of the kind 'epic'"),
         ({"concepts": None}, "concepts: must be given"),
         ({"concepts": {"toy": {"images": "x"}}}, "concepts: toy needs init_word"),
+        ({"concepts": {"toy": TOY | {"init_word": None}}}, "concepts: toy needs init_word"),
         ({"concepts": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
         ({"prompts": "nothing-here"}, "prompts 'nothing-here': neither"),
         ({"prompts": {"other": "tiny"}}, "prompts: none for toy, which is in the set 'final'"),

@@ -78,7 +78,7 @@ def read_concepts(source: Any) -> dict[str, ConceptSpec]:
     for name, entry in table_of(entries, where, "toy: {init_word: toy}").items():
         if not re.fullmatch(r"\w[\w.-]{0,99}", name):
             raise InputError(f"{where}: name {name!r} should consist of letters, digits, - and _")
-        if not isinstance(entry, Mapping) or "init_word" not in entry or set(entry) - allowed:
+        if not isinstance(entry, Mapping) or entry.get("init_word") is None or set(entry) - allowed:
             raise InputError(f"{where}: {name} needs init_word, and can have {', '.join(sorted(allowed))}")
         values: dict[str, Any] = {
             key: text_of(entry[key], f"{where}: {key} of {name}")
