@@ -328,7 +328,7 @@ def test_without_a_mask(small_checkpoint: Path, photo: Path, caplog) -> None:
         (["--prompt", "cat", "--mask", "{black}"], r"black.png: the mask is empty"),
         (["--prompt", "cat", "--mask", "{small}"], r"small.png: has size \(9, 9\), the photo \(50, 30\)"),
         (["--prompt", "cat", "--mask", "{text}"], r"text.png: cannot be read as a picture"),
-        (["--prompt", "cat", "--mask", "{none}"], r"none.png: cannot be read as a picture"),
+        (["--prompt", "cat", "--mask", "{none}"], r"none.png: cannot be read"),
         (["--prompt", "cat", "--mask", "{mask}", "--image", "{text}"], r"text.png: cannot be read"),
         (["--prompt", "cat", "--mask", "{mask}", "--blur", "90"], r"mask.png: --blur 90: the mask is thin"),
         (["--prompt", "cat", "--mask", "{mask}", "--strength", "0.1"], r"strength 0.1: none of 2 steps"),
