@@ -345,6 +345,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     [
         (">/dev/full", 2, "error: standard output: No space left on device; free some space"),
         ("2>/dev/full", 0, ""),
+        pytest.param("2>&-", 0, "", marks=pytest.mark.slow),
         (">&- 2>&-", 0, ""),
         ("| true", 0, ""),
     ],

@@ -150,7 +150,7 @@ def test_pictures_depend_on_what_they_should(models):
     assert sd.sample(**base)[0].tobytes() == reference.tobytes()
 
 
-@pytest.mark.parametrize("eta", [0.7])
+@pytest.mark.parametrize("eta", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
 def test_batch_size_does_not_change_pictures(models, eta):
     sd, _ = models()
     how = {"num_images": 2, "steps": 3, "eta": eta, "seed": 11}
@@ -159,7 +159,15 @@ def test_batch_size_does_not_change_pictures(models, eta):
     assert np.abs(pictures[1] - pictures[0]).max() <= 1
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("sd1", "float16"), ("sd2", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("sd1", "float16"),
+        ("sd2", "bfloat16"),
+        pytest.param("sd1", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("sd2", "float16", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision(tmp_path, models, family, dtype):
     """Close to float32: within a few of the 256 levels, of which bfloat16 with its 8 bits takes the most."""
     folder = oracles.save_folder(tmp_path / "model", family)
@@ -193,7 +201,15 @@ def test_inpainting_model_paints_everything(models, monkeypatch):
         )
 
 
-@pytest.mark.parametrize(("family", "num_vectors"), [("sd1", 3), ("sd2", 1)])
+@pytest.mark.parametrize(
+    ("family", "num_vectors"),
+    [
+        ("sd1", 3),
+        ("sd2", 1),
+        pytest.param("sd1", 1, marks=pytest.mark.slow),
+        pytest.param("sd2", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_concept(tmp_path, family, num_vectors):
     """A learned word in both, from the same file."""
     folder = oracles.save_folder(tmp_path / "model", family)

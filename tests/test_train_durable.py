@@ -166,7 +166,9 @@ def test_killed_while_writing(
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGHUP]
+)
 def test_interrupted(
     number: signal.Signals, base: Path, server: Server, uninterrupted: Path, tmp_path: Path
 ) -> None:
