@@ -956,6 +956,8 @@ def test_damaged_tuned_weights_are_named(base: Path, tmp_path: Path) -> None:
         ({"guidance": -1}, "guidance"),
         ({"guidance": [2, "much"]}, "guidance"),
         ({"from_photo": 3}, "should be true or false"),
+        ({"show_photos": 1}, "should be true or false"),
+        ({"show_photos": True}, "'rival': show_photos: the model is no unCLIP"),
     ],
 )
 def test_impossible_rivals_are_named(setup: dict, message: str, base: Path, tmp_path: Path) -> None:

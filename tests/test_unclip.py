@@ -19,9 +19,14 @@ import minti
 from minti import Concept, InputError, sample, train
 from minti.formats import configs
 from minti.formats.checkpoint import make_plan, trained_size
+from minti.judge.picture_jobs import PictureJob, Protocol
 from minti.model.config import ScheduleConfig
 from minti.model.diffusion import Schedule
 from minti.model.unclip import ImagePrompt
+from minti.study.concepts import ConceptSpec
+from minti.study.recipe import Request
+from minti.study.rivals import Rivals
+from minti.study.ways import Way
 
 from . import oracles
 from .compare import Pairs, assert_parity, assert_same_picture, relative_error
@@ -286,6 +291,23 @@ def test_the_commands(folder: Path, sd: minti.StableDiffusion, tmp_path: Path) -
         with Image.open(tmp_path / "with" / "a-toy-0.png") as other:
             assert image.tobytes() != other.tobytes()
     assert settings["image_prompt"] == [str(path) for path in paths] and settings["noise_level"] == 999
+
+
+def test_a_setup_of_a_study(sd: minti.StableDiffusion, tmp_path: Path) -> None:
+    """It shows all photos of the concept beside its prompt."""
+    for i in range(2):
+        photo(i).save(tmp_path / f"{i}.png")
+    concept = ConceptSpec("toy", tmp_path, "toy")
+    request = Request(concept, "shown", "shown", "caption", text="toy", way=Way(show_photos=True))
+    job, protocol = (
+        PictureJob("shown", {}, lambda on_step: []),
+        Protocol(2, steps=2, guidance_scale=30, seed=7),
+    )
+    images = Rivals(sd, None, tmp_path).job(job, request, "a toy", protocol).make(lambda: None)
+    prompt = sd.image_prompter.prompt([photo(0), photo(1)])
+    expected = sd.sample("a toy", steps=2, guidance_scale=30, seed=7, num_images=2, image_prompt=prompt)
+    for ours, theirs in zip(images, expected, strict=True):
+        assert_same_picture(ours, theirs)
 
 
 def test_what_the_commands_refuse(

@@ -1,4 +1,4 @@
-"""What the rivals of a learned word need: tuned UNets, and samplers that CLIP guides."""
+"""What the rivals of a learned word need: tuned UNets, samplers that CLIP guides, and image prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -49,23 +50,29 @@ class Rivals:
         if request.way == PLAIN:
             return job
         make = job.make
-        if request.way.clip_guidance or request.way.from_photo:
-            make = partial(self._guided, request, prompt, protocol)
+        if request.way.clip_guidance or request.way.from_photo or request.way.show_photos:
+            make = partial(self._sample, request, prompt, protocol)
         if request.way.tune:
             make = partial(self._with_tuned, request, make)
         way = {key: value for key, value in asdict(request.way).items() if key != "guidance"}
         return replace(job, inputs=job.inputs | {"way": way}, make=make)
 
-    def _guided(self, request: Request, prompt: str, p: Protocol, on_step: OnStep) -> list[Image.Image]:
-        seeds, z0 = range(p.seed, p.seed + p.num_images), None
-        size = self.sd.check_size(p.size)
-        if request.way.from_photo:
-            photo = load_photos(request.concept.images)[0].open()
-            z0 = encode_mean(self.sd, as_tensor(ImageOps.fit(photo, size)))
-        texts = self.scorer.embed_texts([prompt]).expand(p.num_images, -1)
-        scale = request.way.clip_guidance
-        sampler = ClipGuidance(self.sd, p.steps, seeds, self.scorer, texts, scale=scale, z0=z0)
-        how = {"steps": p.steps, "guidance_scale": p.guidance_scale, "size": size, "sampler": sampler}
+    def _sample(self, request: Request, prompt: str, p: Protocol, on_step: OnStep) -> list[Image.Image]:
+        way, seeds, size = request.way, range(p.seed, p.seed + p.num_images), self.sd.check_size(p.size)
+        how: dict[str, Any] = {
+            "steps": p.steps,
+            "guidance_scale": p.guidance_scale,
+            "eta": p.eta,
+            "size": size,
+        }
+        photos = [photo.open() for photo in load_photos(request.concept.images)]
+        if way.show_photos:
+            how["image_prompt"] = self.sd.image_prompter.prompt(photos)
+        if way.clip_guidance or way.from_photo:
+            z0 = encode_mean(self.sd, as_tensor(ImageOps.fit(photos[0], size))) if way.from_photo else None
+            texts = self.scorer.embed_texts([prompt]).expand(p.num_images, -1)
+            more = {"scale": way.clip_guidance, "z0": z0}
+            how["sampler"] = ClipGuidance(self.sd, p.steps, seeds, self.scorer, texts, **more)
         each = [(prompt, seed) for seed in seeds]
         return list(self.sd.sample_each(each, batch_size=p.batch_size, on_step=on_step, **how))
 

@@ -80,6 +80,9 @@ class Study:
         for concept in self.plan.concepts if self.judge else ():
             self.judge.check(concept.facts, concept.name)
         for request in self.plan.requests:
+            if request.way.show_photos and not self.sd.image_prompter:
+                text = "show_photos: the model is no unCLIP, so it sees no pictures; leave it out"
+                raise InputError(f"setups: {request.family!r}: {text}")
             if request.variant:
                 self.learner.check(request.variant)
             else:

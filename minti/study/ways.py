@@ -23,6 +23,7 @@ class Way:
         tune_steps, tune_lr, class_images: how; see `minti.tune`.
         clip_guidance: scale; see `edit.clip_guidance`.
         from_photo: begin with the first photo of the concept, instead of with noise.
+        show_photos: show all its photos to a model that is unCLIP, beside the prompt.
     """
 
     guidance: float | None = None
@@ -33,6 +34,7 @@ class Way:
     class_images: int = 24
     clip_guidance: float = 0.0
     from_photo: bool = False
+    show_photos: bool = False
 
     def __post_init__(self) -> None:
         for name in ("guidance", "tune_lr", "clip_guidance"):
@@ -44,10 +46,11 @@ class Way:
             raise InputError(f"text {self.text!r}: name a kind of caption, or init_word")
         if self.tune not in ("", *TUNED):
             raise InputError(f"tune {self.tune!r}: choose from {', '.join(TUNED)}")
-        if not isinstance(self.from_photo, bool):
-            raise InputError(f"from_photo {self.from_photo!r}: should be true or false")
-        if self.tune and (self.text or self.clip_guidance or self.from_photo):
-            raise InputError("tune: goes neither with text nor with clip_guidance or from_photo")
+        for name in ("from_photo", "show_photos"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} {getattr(self, name)!r}: should be true or false")
+        if self.tune and (self.text or self.clip_guidance or self.from_photo or self.show_photos):
+            raise InputError("tune: goes neither with text nor with clip_guidance, from_photo or show_photos")
 
     @property
     def has_word(self) -> bool:
