@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from .cli.command import run_command
 from .cli.images import COLUMNS, encode_png, image_grid, thumbnails
-from .cli.model_options import laid_over, load_model_with_words
+from .cli.model_options import laid_over, load_model_with_words, made_of
 from .cli.options import Options, number, size
 from .cli.progress import Progress
 from .edit.clip_guidance import ClipGuidance
@@ -227,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"more than {MOST_PICTURES:,} pictures; lower --num-images or --rank-by-clip")
     planned = plan_pictures(args.prompt, args.seed, args.num_images, args.rank_by_clip)
     start, out = time.monotonic(), Path(args.out)
+    args.made_of = made_of(args, "init_image", "image_prompt")
     how = {"may_differ": MAY_DIFFER, "signature": ("rank_by_clip", "prompt")}
     with opts.folder(out, args, files_made, **how) as folder:
         begun = folder.check(resume=True, overwrite=args.overwrite)

@@ -297,6 +297,15 @@ def test_only_what_is_masked_changes(small_checkpoint: Path, photo: Path, word: 
     (out / "edit-2.png").unlink()  # a candidate that an interruption left out is made again, alone
     edit(small_checkpoint, photo, *argv, "--batch-size", "2", "--clip", str(small_checkpoint))
     assert (out / "edit-1.png").read_bytes() == first and (out / "edit-2.png").read_bytes() == second
+    for path in (photo, mask, word):  # another file in its place is not taken for it
+        old = path.read_bytes()
+        if path == word:
+            Concept("<toy>", torch.ones(2, 32)).save(word)
+        else:
+            Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+        with pytest.raises(InputError, match=r": has changed since this was begun"):
+            edit(small_checkpoint, photo, *argv, "--batch-size", "2", "--clip", str(small_checkpoint))
+        path.write_bytes(old)
     raw = edit(small_checkpoint, photo, *argv, "--no-paste", "--overwrite")
     left, top, right, bottom = around(Image.open(mask), (16, 16), 2).box
     after = pixels(raw / "edit-0.png")

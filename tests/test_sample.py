@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 import minti
 import minti.evaluate
@@ -239,6 +240,42 @@ def test_other_settings_are_refused_or_replace_everything(folder: Path, tmp_path
     (out / "mine.txt").write_text("kept")
     sample(folder, out, "--prompt", "dog", "--num-images", "1", "--overwrite")
     assert names(out) == ["config.yaml", "dog-0.png", "grid.png", "mine.txt"]
+
+
+@pytest.mark.parametrize("what", ["word", "unet"])
+def test_pictures_of_an_earlier_file_are_not_taken_for_new_ones(
+    what: str, folder: Path, word: Path, tmp_path: Path
+) -> None:
+    """The same command, after another word, or other weights, were saved in the same place."""
+    unet = tmp_path / "unet.safetensors"
+    argv = ["--prompt", "a <toy>", "--num-images", "1", "--concept", str(word), "--unet", str(unet)]
+    key, weight = next(iter(minti.load(folder, device="cpu").unet.state_dict().items()))
+    save_file({key: weight}, unet)
+    out = sample(folder, tmp_path / "out", *argv)
+    before = snapshot(out)
+    sample(folder, out, *argv)
+    if what == "word":
+        Concept("<toy>", torch.ones(2, 32)).save(word)
+    else:
+        save_file({key: weight + 1}, unet)
+    with pytest.raises(
+        InputError, match=rf"{what}[ <toy>]*: has changed since this was begun; .*--overwrite"
+    ):
+        sample(folder, out, *argv)
+    assert {name: content for name, content in snapshot(out).items() if "grid" not in name} == {
+        name: content for name, content in before.items() if "grid" not in name
+    }
+    again = sample(folder, out, *argv, "--overwrite")
+    assert snapshot(again)["a-toy-0.png"] != before["a-toy-0.png"]
+
+
+def test_a_folder_that_does_not_say_what_it_was_made_of(folder: Path, word: Path, tmp_path: Path) -> None:
+    """As folders of earlier versions do not: they can be continued."""
+    argv = ["--prompt", "a <toy>", "--num-images", "1", "--concept", str(word)]
+    config = sample(folder, tmp_path / "out", *argv) / "config.yaml"
+    text = config.read_text()
+    config.write_text(text[: text.index("made_of:")])
+    sample(folder, tmp_path / "out", *argv)
 
 
 def foreign(tmp_path: Path) -> list[Path]:

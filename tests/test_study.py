@@ -593,7 +593,9 @@ def test_another_study_is_refused(base: Path, done: Path, tmp_path: Path) -> Non
     picture, old = base / "cat" / "0.png", (base / "cat" / "0.png").read_bytes()
     Image.new("RGB", (16, 16)).save(picture)
     try:
-        with pytest.raises(InputError, match="made_of: photos of cat was"):
+        with pytest.raises(
+            InputError, match="photos of cat: has changed since this was begun; leave that as it was"
+        ):
             study.main([write_recipe(base, base), "--out", str(done)])
     finally:
         picture.write_bytes(old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,28 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
 def laid_over(args: argparse.Namespace) -> dict[str, str]:
     """The files of weights that replace those of the checkpoint, for the record: option -> path."""
     return {key: getattr(args, key) for key in LAID_OVER if getattr(args, key) is not None}
+
+
+def made_of(args: argparse.Namespace, *photos: str) -> dict[str, str]:
+    """Digests of what pictures depend on beside the values of options: learned words, and files of options.
+
+    They are for the settings of a `WorkFolder`, which then refuses to continue with another word or file.
+
+    Args:
+        photos: the options that name photos.
+    """
+    found = {f"word {word}": concept.digest for word, (_, concept) in load_concepts(args.concept).items()}
+    for key in ("vae", *LAID_OVER, *photos):
+        given, digest = getattr(args, key), hashlib.sha256()
+        for path in map(Path, given if isinstance(given, list) else filter(None, [given])):
+            # What is not there, or is no file, is refused where it is read.
+            for file in sorted(p for p in (path, *path.rglob("*")) if p.is_file()):
+                with open(file, "rb") as content:
+                    while chunk := content.read(2**20):
+                        digest.update(chunk)
+        if given:
+            found[key] = digest.hexdigest()[:12]
+    return found
 
 
 def load_concepts(arguments: Sequence[str]) -> dict[str, tuple[str, Concept]]:

@@ -168,7 +168,8 @@ class Options:
         """
         flags = self._parse(argv)
         config = dict(base or {}) | (read_yaml(flags.pop("config")) if "config" in flags else {})
-        config.pop("made_by", None)  # of the config file of a run
+        for key in ("made_by", "made_of"):  # of the config file of a run
+            config.pop(key, None)
         for pair in flags.pop("set", []):
             key, equals, value = pair.partition("=")
             if not equals:

@@ -174,12 +174,14 @@ class WorkFolder:
             log.info("%s: was begun by %s; this is %s", self.path, by, __version__)
         lacking = {key: value for key, value in self._defaults.items() if key not in before}
         for path, was, now in _differences(lacking | before, self._defaults | self._settings):
-            if path[0] in ("made_by", *self.may_differ) or (
-                path[0] == "concepts" and path[-1] in self.may_differ
-            ):
+            if path[0] in ("made_by", *self.may_differ) or path == ("made_of",):  # which an older one lacks
+                continue
+            if path[0] == "concepts" and path[-1] in self.may_differ:
                 continue
             change = f"{': '.join(path)} was {was!r}, now it is {now!r}"
             remedy = "leave that as it was, or give another --out, or begin anew with --overwrite"
+            if path[0] == "made_of":
+                change = f"{path[-1]}: has changed since this was begun"
             raise InputError(f"{self.saved}: {change}; {remedy}")
         new = {k: v for k, v in lacking.items() if v not in (None, [], "") and k not in self.may_differ}
         if told := ", ".join(f"{key} is {value}" for key, value in new.items() if key not in ONCE):

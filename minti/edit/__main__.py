@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..cli.command import run_command
 from ..cli.images import COLUMNS, encode_png, image_grid, thumbnails
-from ..cli.model_options import load_model_with_words
+from ..cli.model_options import load_model_with_words, made_of
 from ..cli.options import Options, number
 from ..cli.progress import Progress
 from ..cli.work_folder import WorkFolder
@@ -236,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     opts = options()
     args = opts.parse(argv, required=["checkpoint", "image", "prompt", "out"])
     check_mode(args, opts.defaults)
+    args.made_of = made_of(args, "image", "mask")
     with opts.folder(
         args.out, args, files_made, may_differ=MAY_DIFFER, signature=("image", "prompt")
     ) as folder:

@@ -75,7 +75,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         saved = read_yaml(Path(name) / "config.yaml")
         if "setups" not in saved:
             raise InputError(f"{name}: is not the folder of a study")
-        return {key: value for key, value in saved.items() if key != "made_of"} | {"out": name}
+        return saved | {"out": name}
     if not Path(name).exists() and name in shipped():
         return read_yaml(RECIPES / "study" / f"{name}.yaml")
     if not Path(name).exists():
