@@ -275,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if begun:
                 write_grids(out, planned)
     seconds = time.monotonic() - start
-    log.info("%d pictures in %s (%.1f s), together in grid.png", len(planned), out, seconds)
+    count = f"{len(planned)} picture{'s' * (len(planned) > 1)}"
+    log.info("%s in %s (%.1f s), together in grid.png", count, out, seconds)
 
 
 def command() -> NoReturn:

@@ -44,9 +44,8 @@ class Progress:
         if self.done == self._estimate_at != self._first:
             rate = (time.monotonic() - self._start) / (self.done - self._first)
             if (seconds := rate * (self.total - self._first)) > 60:
-                log.info(
-                    "about %.1f hours for all %d %ss on this machine", seconds / 3600, self.total, self.unit
-                )
+                text = "about %s for all %d %ss on this machine"
+                log.info(text, duration(seconds), self.total, self.unit)
         if self._bar is not None:
             self._bar.set_postfix_str(note)
             self._bar.update()

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,12 +40,13 @@ def make_class_pictures(sd: StableDiffusion, args: argparse.Namespace, folder: P
     paths = [folder / f"{i:04d}.png" for i in range(args.class_images)]
     batches = [range(len(paths))[i : i + PREVIEWS] for i in range(0, len(paths), PREVIEWS)]
     todo = [batch for batch in batches if not all(paths[i].exists() for i in batch)]
-    progress = Progress(len(todo) * args.sample_steps, "step of the pictures of the class")
+    progress = Progress(len(todo) * args.sample_steps, "sampling step")
+    on_step = partial(progress.step, "pictures of the class")
     how = {"steps": args.sample_steps, "guidance_scale": args.guidance_scale, "size": args.size}
     try:
         for batch in todo:
             each = [(args.class_prompt, args.seed + i) for i in batch]
-            images = sd.sample_each(each, batch_size=PREVIEWS, on_step=progress.step, **how)
+            images = sd.sample_each(each, batch_size=PREVIEWS, on_step=on_step, **how)
             for i, image in zip(batch, images, strict=True):
                 write_atomically(paths[i], encode_png(image, {"prompt": args.class_prompt}))
     finally:

@@ -51,7 +51,7 @@ def stage(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     path, done = run.folder / "contexts.f16", len(stored_contexts(run.work))
     (run.folder / "text_encoder.sha256").write_text(weights_hash(run.work))
-    progress = Progress(-(-max(0, len(pictures) - done) // run.batch), "batch")
+    progress = Progress(-(-max(0, len(pictures) - done) // run.batch), "part")
     run.catch_signals()
     while done < len(pictures) and not run.out_of_time():
         indices = np.arange(done, min(done + run.batch, len(pictures)))

@@ -29,7 +29,7 @@ def stage(run: Run) -> None:
     vae = load_vae(run.work).to(run.device, memory_format=torch.channels_last)
     run.folder.mkdir(parents=True, exist_ok=True)
     path, done = run.folder / "latents.f16", len(stored_latents(run.work))
-    progress = Progress(-(-max(0, len(pictures) - done) // run.batch), "batch")
+    progress = Progress(-(-max(0, len(pictures) - done) // run.batch), "part")
     run.catch_signals()
     while done < len(pictures) and not run.out_of_time():
         indices = np.arange(done, min(done + run.batch, len(pictures)))

@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None) -> None:
     print("CLIP, text to image among 100: " + ", ".join(f"{100 * v:.1f} % {k}" for k, v in found.items()))
 
     asked = prompts(args.prompts)
-    progress, images = Progress(-(-len(asked) // 50), "batch"), []
+    progress, images = Progress(-(-len(asked) // 50), "part"), []
     for start in range(0, len(asked), 50):
         part = asked[start : start + 50]
         seeds = range(start, start + len(part))  # no two pictures begin with the same noise
