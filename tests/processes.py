@@ -80,6 +80,7 @@ def _run(argv: list[str], stderr: str, crash: int) -> None:
     from minti import train
     from minti.cli.command import run_command
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may have been started with nohup
     handle = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 2)
     sys.argv = ["train", *argv]
