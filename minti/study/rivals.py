@@ -59,22 +59,18 @@ class Rivals:
 
     def _sample(self, request: Request, prompt: str, p: Protocol, on_step: OnStep) -> list[Image.Image]:
         way, seeds, size = request.way, range(p.seed, p.seed + p.num_images), self.sd.check_size(p.size)
-        how: dict[str, Any] = {
-            "steps": p.steps,
-            "guidance_scale": p.guidance_scale,
-            "eta": p.eta,
-            "size": size,
-        }
-        photos = [photo.open() for photo in load_photos(request.concept.images)]
+        how: dict[str, Any] = {"steps": p.steps, "guidance_scale": p.guidance_scale, "eta": p.eta}
+        how |= {"size": size, "batch_size": p.batch_size, "on_step": on_step}
+        photos, z0 = load_photos(request.concept.images), None
         if way.show_photos:
-            how["image_prompt"] = self.sd.image_prompter.prompt(photos)
+            how["image_prompt"] = self.sd.image_prompter.prompt([photo.open() for photo in photos])
+        if way.from_photo:
+            z0 = encode_mean(self.sd, as_tensor(ImageOps.fit(photos[0].open(), size)))
         if way.clip_guidance or way.from_photo:
-            z0 = encode_mean(self.sd, as_tensor(ImageOps.fit(photos[0], size))) if way.from_photo else None
             texts = self.scorer.embed_texts([prompt]).expand(p.num_images, -1)
             more = {"scale": way.clip_guidance, "z0": z0}
             how["sampler"] = ClipGuidance(self.sd, p.steps, seeds, self.scorer, texts, **more)
-        each = [(prompt, seed) for seed in seeds]
-        return list(self.sd.sample_each(each, batch_size=p.batch_size, on_step=on_step, **how))
+        return list(self.sd.sample_each([(prompt, seed) for seed in seeds], **how))
 
     def tune(self, asked: Sequence[tuple[Request, str]], processes: Processes) -> None:
         """Tune a UNet for each request that asks for one, unless that is done; processes share out the work.
