@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import check_number
+from ..errors import InputError, check_number
 from .canvas import BlankCanvas
 from .checks import LearnedWord, check_options, check_output, check_size
 from .conditioning import Conditioning, encode_each
@@ -121,12 +121,7 @@ class StableDiffusion:
         return [Image.fromarray(pixels) for pixels in array]
 
     def sample(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        seed: int = 0,
-        num_images: int = 1,
-        **options: Any,
+        self, prompt: str | Sequence[str], *, seed: int = 0, num_images: int = 1, **options: Any
     ) -> list[Image.Image]:
         """Make pictures, `num_images` of each prompt, in order. Image i of each prompt has seed `seed + i`.
 
@@ -196,6 +191,8 @@ class StableDiffusion:
             InputError: an option is impossible; or the UNet's first output is not finite.
         """
         check_options(prompts, seeds, {"steps": steps, "eta": eta, **guidance})
+        if image_prompt and self.image_prompter is None:
+            raise InputError(f"image_prompt: {self.source} is no unCLIP, so it sees no pictures; leave it out")
         (width, height), f = self.check_size(size), self.vae.config.downscale
         shape = (1, self.vae.config.latent_channels, height // f, width // f)
         generators = [torch.Generator().manual_seed(s) for s in seeds]

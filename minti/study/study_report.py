@@ -139,7 +139,7 @@ class Report:
             images[o.concept, o.name, o.note] = [*store.thumbnails(jobs[first].name)[: STRIP[0]], *shown]
         strips = {}
         for key, row in images.items():
-            name = file_name("".join(key[1:])) if key[1:] else "photos"
+            name = file_name(" ".join(key[1:])) if key[1:] else "photos"
             strips[key] = folder / key[0] / f"{name}.png"
             write_atomically(strips[key], encode_png(image_grid(thumbnails(row), len(row)), {}))
         return strips
