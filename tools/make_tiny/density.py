@@ -1,9 +1,9 @@
 """python tools/make_tiny/density.py --checkpoint DIR --work DIR --out DIR: can words carry the unseen?
 
 Takes things that training never showed, 50 drawn like the others and 50 with a combination of choices of
-their own, learns a word for each from six pictures with the defaults of `minti.train`, paints it in new
-places, and asks the probe how often their shape, colours and pattern are there. Beside that: the same for
-names that training knows, and for vectors that were not learned but put where their meanings belong.
+their own, learns a word for each from six pictures as the recipe `tiny-all` does, paints it in new places,
+and asks the probe how often their shape, colours and pattern are there. Beside that: the same for names that
+training knows, and for vectors that were not learned but put where their meanings belong.
 """
 
 import sys
@@ -21,6 +21,7 @@ import minti
 from minti import train
 from minti.cli.command import run_command
 from minti.cli.options import Parser, number
+from minti.cli.yaml_files import read_yaml
 from minti.formats.concept import Concept
 from tools.make_tiny import names
 from tools.make_tiny.concepts import object_picture
@@ -45,9 +46,11 @@ def learn(chosen: dict[str, names.Named], checkpoint: Path, out: Path, steps: in
             Image.fromarray(object_picture(named_thing(thing), i)).save(folder / f"{i + 1}.png")
         word = KINDS[thing.kind].words[0]
         entries.append({"name": name, "images": str(folder), "placeholder": f"<{name}>", "init_word": word})
-    options = {"checkpoint": str(checkpoint), "steps": steps, "batch_size": 4, "lr": 5e-3, "sample_every": 0}
+    # As the recipe `tiny-all` has it, but for the words.
+    options = read_yaml(Path(minti.__file__).parent / "recipes" / "tiny-all.yaml")
+    options |= {"checkpoint": str(checkpoint), "steps": steps, "sample_every": 0, "concepts": entries}
     recipe = out / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(options | {"concepts": entries}))
+    recipe.write_text(yaml.safe_dump(options))
     if not all((out / "run" / name / "learned_embeds.safetensors").is_file() for name in chosen):
         train.main(["--config", str(recipe), "--out", str(out / "run"), "--device", "cpu"])
 
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for photos, words and pictures")
     parser.add_argument("--count", type=number(int, 1), default=50, help="things of either set")
     parser.add_argument("--at-once", type=number(int, 1), default=10, help="words learned in one run")
-    parser.add_argument("--steps", type=number(int, 0), default=800, help="0: do not learn words")
+    parser.add_argument("--steps", type=number(int, 0), default=300, help="0: do not learn words")
     args = parser.parse_args(argv)
     probe, rows, shown = load(args.work), {}, []
     args.out.mkdir(parents=True, exist_ok=True)
