@@ -78,7 +78,7 @@ def _curves(run: RunRecord) -> str:
         chart("Training loss", run.series("loss"), dots=True, log=True),
         chart("Length of the vectors", run.series("norm"), length, log=True, include=[1]),
         chart("Cosine to the start", run.series("cosine"), "1 is where they started.", include=[1]),
-        chart("Learning rate", run.series("lr"), "Of AdamW.", include=[0]),
+        chart("Learning rate", run.series("lr"), include=[0]),
         chart("Seconds per step", run.series("seconds"), dots=True, include=[0]),
     ]
     return f"<div class=grid>{''.join(charts)}</div>" if any(charts) else ""
