@@ -323,7 +323,7 @@ def test_what_the_commands_refuse(
         sample.main(["--checkpoint", str(folder), *how, "--noise-level", "1000"])
     with pytest.raises(InputError, match=r"noise_level = 1000"):
         sd.image_prompter.prompt([photo()], 1000)
-    with pytest.raises(InputError, match=r"image_prompt: .* is no unCLIP, so it sees no pictures"):
+    with pytest.raises(InputError, match=r"image_prompt: .* is no unCLIP and sees no pictures"):
         other = minti.load(small_checkpoint, device="cpu")
         other.sample("a toy", steps=1, image_prompt=sd.image_prompter.prompt([photo()]))
     assert not (tmp_path / "out").exists()

@@ -192,7 +192,7 @@ class StableDiffusion:
         """
         check_options(prompts, seeds, {"steps": steps, "eta": eta, **guidance})
         if image_prompt and self.image_prompter is None:
-            raise InputError(f"image_prompt: {self.source} is no unCLIP, so it sees no pictures; leave it out")
+            raise InputError(f"image_prompt: {self.source} is no unCLIP and sees no pictures; leave it out")
         (width, height), f = self.check_size(size), self.vae.config.downscale
         shape = (1, self.vae.config.latent_channels, height // f, width // f)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
