@@ -48,15 +48,15 @@ from .jobs import PEER, Job
 TINY = Path(__file__).resolve().parents[2] / "weights" / "tiny"
 PEER_LR = 2e-3  # 5e-4 for each of a batch of 4, as the example's README has it with --scale_lr
 MINTI = "minti"
-ADAMW: dict[str, Any] = {"optimizer": "adamw"}
 WAYS: dict[str, dict[str, Any]] = {
     MINTI: {},
+    "direction": {"optimizer": "direction", "lr": 0.1},
     "t from 400": {"t_min": 400},
-    "average of 50": {"average": 50},
+    "average of 100": {"average": 100},
     "output": {"init": "output"},
-    "adamw 1e-2": ADAMW | {"lr": 1e-2},
-    "adamw 5e-3": ADAMW | {"lr": 5e-3},
-    "adamw 2e-3": ADAMW | {"lr": 2e-3},
+    "2e-2": {"lr": 2e-2},
+    "5e-3": {"lr": 5e-3},
+    "2e-3": {"lr": 2e-3},
     "per layer": {"per_layer": True},
     "output embedding": {"output_embedding": True},
 }
