@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import minti
+from minti.cli.processes import Processes
 from minti.errors import InputError
 from minti.formats import configs
 from minti.formats.vocabulary import read_tokenizer
@@ -398,6 +399,32 @@ def test_the_unet_resumes_bit_for_bit(work: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(minti.StableDiffusion, "sample", lambda *a, **how: sample(*a, **how | {"steps": 1}))
     monkeypatch.setattr(unet, "PREVIEW", ("a red ball",))
     stopped_and_resumed(unet, "unet", "unet", work, tmp_path)
+
+
+def test_processes_share_a_batch_of_the_unet(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they have the samples of one, take the mean of their gradients, and stop together."""
+    stored, empty = (latents.stored_latents(work), contexts.stored_contexts(work)), torch.zeros((77, 128))
+    whole, *shares = (
+        unet.Batches(run_of("unet", work, 2, processes=processes), *stored, empty).read(1)
+        for processes in (Processes(), Processes(0, 2), Processes(1, 2))
+    )
+    for all_of, first, second in zip(whole, *shares, strict=True):
+        assert torch.equal(all_of, torch.stack((first, second), dim=1).flatten(0, 1))
+
+    run = run_of("unet", work, 2, processes=Processes(0, 2))
+    weights = [torch.zeros((2, 3)), torch.zeros(4), torch.zeros(1)]
+    weights[0].grad, weights[1].grad = torch.full((2, 3), 1.0), torch.full((4,), 2.0)
+    others = torch.cat([torch.full((6,), 3.0), torch.full((4,), -2.0)])
+    for stops in (0.0, 1.0):
+        monkeypatch.setattr(
+            torch.distributed,
+            "all_reduce",
+            lambda sums, stops=stops: sums.add_(torch.cat([others, torch.tensor([stops])])),
+        )
+        assert run.average(weights) == bool(stops)
+    assert weights[0].grad.tolist() == [[2.5] * 3] * 2
+    assert weights[1].grad.tolist() == [-1.0] * 4
+    assert weights[2].grad is None
 
 
 def test_names_begin_where_a_linear_map_puts_their_meaning(tokenizer_folder: Path) -> None:

@@ -12,6 +12,8 @@ import torch
 
 from minti.cli.command import run_command
 from minti.cli.options import Parser, number
+from minti.cli.processes import Processes
+from minti.errors import InputError
 from tools.make_tiny import data
 from tools.make_tiny.training import Run
 
@@ -44,6 +46,9 @@ def main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    processes = Processes.from_environment()
+    if processes.world > 1 and args.stage != "unet":
+        raise InputError(f"{args.stage}: one process only; torchrun is for the stage unet")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -53,17 +58,19 @@ def main(argv: Sequence[str] | None) -> None:
         work=args.work,
         steps=args.steps or steps,
         minutes=args.minutes,
-        device=torch.device(device),
+        device=torch.device(processes.device(device)),
         seed=args.seed,
         lr=args.lr or lr,
         batch=args.batch_size or batch,
         start=args.start,
         workers=args.workers,
+        processes=processes,
     )
     if args.stage == "world":
         data.build(run)
     else:
-        importlib.import_module(f"tools.make_tiny.{args.stage}").stage(run)
+        with processes.joined():
+            importlib.import_module(f"tools.make_tiny.{args.stage}").stage(run)
     if run.interrupted:
         raise KeyboardInterrupt
 

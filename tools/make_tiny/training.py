@@ -5,13 +5,15 @@ import csv
 import io
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from minti.cli.processes import Processes
 from minti.cli.progress import Progress
 from minti.errors import InputError
 from minti.formats.atomic import write_atomically
@@ -33,6 +35,7 @@ class Run:
     ema_decay: float = 0.999
     start: Path | None = None  # a folder of weights to begin with, in the layout of diffusers
     workers: int = 1  # processes that draw
+    processes: Processes = field(default_factory=Processes)  # that share its batches
     began: float = field(default_factory=time.monotonic)
     interrupted: bool = False
 
@@ -49,6 +52,19 @@ class Run:
 
     def out_of_time(self) -> bool:
         return self.interrupted or time.monotonic() - self.began > 60 * self.minutes
+
+    def average(self, parameters: Sequence[Tensor]) -> bool:
+        """Replace gradients by their means over the processes. Whether one of these is out of time."""
+        stop = self.out_of_time()
+        if self.processes.world == 1:
+            return stop
+        grads = [p.grad for p in parameters if p.grad is not None]
+        sums = torch.cat([*(g.flatten() for g in grads), torch.tensor([float(stop)]).to(grads[0])])
+        dist.all_reduce(sums)
+        parts = (sums[:-1] / self.processes.world).split([g.numel() for g in grads])
+        for grad, mean in zip(grads, parts, strict=True):
+            grad.copy_(mean.view_as(grad))
+        return bool(sums[-1])
 
     def learning_rate(self, step: int) -> float:
         """Warm up, hold, then fall to zero over the last 40 % (`--steps` can be raised later)."""
@@ -88,10 +104,11 @@ def train(
 ) -> None:
     """Minimise `loss_of` over the parameters of `models`; keep their moving averages.
 
-    Continues from `state.pt`. Writes it, and a preview, every `every` steps and on stopping.
+    Continues from `state.pt`. Writes it, and a preview, every `every` steps and on stopping. Of several
+    processes, which must not differ but in what `loss_of` gives, the first one writes and reports.
 
     Args:
-        loss_of: step -> its loss, and values to report.
+        loss_of: step -> its loss, and values to report; of several processes, those of a share of the batch.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     run.catch_signals()
@@ -126,19 +143,23 @@ def train(
         write_atomically(path, buffer.getvalue())
         preview(ema, step)
 
-    progress, means, saved = Progress(run.steps - step, "step"), {}, step
+    first, stop = run.processes.rank == 0, run.out_of_time()
+    progress, means, saved = Progress(run.steps - step, "step") if first else None, {}, step
     with open(run.folder / "log.csv", "a", newline="") as log:
-        while step < run.steps and not run.out_of_time():
+        while step < run.steps and not stop:
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate(step)
             optimizer.zero_grad()
             loss, values = loss_of(step)
             loss.backward()
+            stop = run.average(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
             rate = min(run.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - rate)
+            if not first:
+                continue
             for key, value in {"loss": loss.item(), **values}.items():
                 means[key] = value if step == 1 or key not in means else 0.98 * means[key] + 0.02 * value
             if step % 50 == 0:
@@ -148,6 +169,8 @@ def train(
             if step % every == 0:
                 save()
                 saved = step
+    if not first:
+        return
     progress.close()
     if step != saved or not path.is_file():
         save()

@@ -43,7 +43,8 @@ PREVIEW = (
 
 
 class Batches:
-    """What each step trains on, a function of the step alone; read one step ahead by a thread.
+    """What each step trains on, a function of the step alone; read one step ahead by a thread. Of several
+    processes each has its share.
 
     Attributes:
         latents: (N, 4, 16, 16) float16.
@@ -72,7 +73,8 @@ class Batches:
         at = (parts + torch.rand(run.batch, generator=generator)) / run.batch
         # Every other one closer to the middle, where silhouettes are decided (arXiv 2403.03206, section 3.1).
         at[::2] = torch.sigmoid(torch.special.ndtri(at[::2]))
-        return x0, eps, at, context
+        own = slice(run.processes.rank, None, run.processes.world)
+        return x0[own], eps[own], at[own], context[own]
 
     def __call__(self, step: int) -> list[Tensor]:
         ready = self.next if self.next and self.next[0] == step else None
