@@ -482,6 +482,24 @@ def test_the_judge_is_told_what_its_pictures_show() -> None:
     assert (photos[1][0] == photos[0][0][:, ::-1]).all() and photos[0][1] == photos[1][1]
 
 
+def test_the_judge_is_shown_repainted_pictures() -> None:
+    """Without a step they are those after the autoencoder; with some, other strokes show the same things."""
+    sd, judge = minti.load(TINY, device="cpu", dtype="float32"), Judge.load(TINY)
+    examples = probe.concept_examples(1, 24, 0)
+    shown, told = (
+        np.stack([p for p, _ in examples]),
+        [probe.told_of_repainted(facts) for _, facts in examples],
+    )
+    with torch.no_grad():
+        back = to_pictures(sd.vae.decode(sd.vae.encode(to_pixels(shown)).mean))
+    assert np.abs(probe.repaint(sd, shown, 0).astype(int) - back).max() <= 1
+    again = probe.repaint(sd, shown, 5)
+    assert 1 < np.abs(again.astype(int) - back).mean() < 12
+    found = probe.shares(told, judge.probe.read(to_pixels(again)))
+    assert min(found["background"][0], found["color"][0], found["style"][0]) > 0.85
+    assert all("riso" not in facts.values() for facts in told) and found["style"][1] < 24
+
+
 def test_the_decoder_is_trained_alone(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,13 +1,14 @@
 """The judge: a small convolutional network that reads shape, colours, pattern, background and style.
 
-It has only ever seen rendered pictures, whose truth is known exactly, a part of them after the autoencoder;
-fresh ones tell how far it can be trusted. One thing a picture; of two-coloured things the first colour is the
-main one. Unlike the models it judges it knows the concepts and what else is held out, so that it can tell
-whether they were learned. Of the names it knows some; every other shape is "" to it.
+It has only ever seen rendered pictures, whose truth is known exactly, some of them repainted by the model
+that it is to judge; fresh ones tell how far it can be trusted. One thing a picture; of two-coloured things
+the first colour is the main one. Unlike the models it judges it knows the concepts and what else is held
+out, so that it can tell whether they were learned. Of the names it knows some; every other shape is "" to
+it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,22 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minti.cli.progress import Progress
 from minti.formats.atomic import write_atomically
+from minti.model.stable_diffusion import Predict, StableDiffusion
 from minti.study.classifier import Probe
 
 from . import names
 from .captions import FACTS
 from .concepts import held_out, pictures, riso_picture
-from .data import PICTURE, TEST_SEED, Pictures, append, fill, records, scene_at, to_pictures, to_pixels
-from .decoder import load_vae
+from .data import PICTURE, TEST_SEED, Pictures, append, fill, records, scene_at, to_pixels
 from .draw import render
 from .training import Run, ema_of, read, train
+from .unet import load_model
 from .world import BACKGROUNDS, NOUNS, TOY_NAMES, Scene, Thing, named_thing, scene, stands_out
 
 ACCURACY = "accuracy.json"  # on fresh pictures of the concepts
 PROBE_SEED = 2  # of the pictures it learns from: neither the training set's nor the held-out ones
-# Pictures of what it must know best; of those, after the autoencoder; of the world.
-SPECIAL, AUTOENCODED, WORLD = 12_000, 3_000, 12_000
+# Pictures of what it must know best; of those, repainted; of the world.
+SPECIAL, REPAINTED, WORLD = 36_000, 12_000, 24_000
+PART = 100  # pictures repainted at a time
+STEPS, WALKED = 20, range(8)  # DDIM steps from noise to picture; how many of the last ones a picture may walk
 OBJECTS = tuple(c for c in held_out().values() if c.kind == "object")
 KNOWN_NAMES = TOY_NAMES[:200]
 HELD_OUT = {**names.held_out_things(), **names.held_out_combinations()}
@@ -149,20 +154,47 @@ def shares(
 
 
 @torch.no_grad()
-def after_autoencoder(run: Run, shown: np.ndarray) -> np.ndarray:
-    vae = load_vae(run.work).to(run.device)
-    parts = to_pixels(shown).split(50)
-    return np.concatenate([to_pictures(vae.decode(vae.encode(p.to(run.device)).mean)) for p in parts])
+def repaint(sd: StableDiffusion, shown: np.ndarray, walked: int, seed: int = 0) -> np.ndarray:
+    """Pictures, (N, 64, 64, 3), as a model finishes noisy versions of them, in the last steps and without a
+    prompt: what they show stays, the strokes are the model's. Walking no steps is the autoencoder alone."""
+    path, found = sd.schedule.timesteps(STEPS)[STEPS - walked :], []
+
+    def sampler(predict: Predict, _: Tensor) -> Iterator[Tensor]:
+        x = sd.schedule.q_sample(z0, eps, path[0][0])
+        for t, t_prev in path:
+            x = sd.schedule.ddim_step(predict(x, t), x, t, t_prev, 0.0, x)
+            yield x
+
+    for i, pixels in enumerate(to_pixels(shown).split(PART)):
+        z0 = latents = sd.vae.encode(pixels.to(sd.device)).mean * sd.vae.config.scaling_factor
+        if walked:
+            eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed + i)).to(z0)
+            how = {"steps": STEPS, "guidance_scale": 1.0, "sampler": sampler}
+            *_, latents = sd.denoise([""] * len(z0), range(len(z0)), **how)
+        found += [np.asarray(image) for image in sd.decode_latents(latents)]
+    return np.stack(found)
 
 
-def training_set(run: Run) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """Pictures and facts: special ones, some of them again after the autoencoder, and the world's."""
-    path, again = run.folder / "special.u8", run.folder / "autoencoded.u8"
+def told_of_repainted(facts: dict[str, str]) -> dict[str, str]:
+    """What stays when a picture is repainted: not the style of prints, which the model has never seen."""
+    return {fact: value for fact, value in facts.items() if value != "riso"}
+
+
+def training_set(run: Run, sd: StableDiffusion) -> tuple[list[np.ndarray], list[dict[str, str]]]:
+    """Pictures from three sources, special ones, repainted ones and the world's; the facts of all."""
+    path, again = run.folder / "special.u8", run.folder / "repainted.u8"
     run.folder.mkdir(parents=True, exist_ok=True)
     fill(replace(run, steps=SPECIAL), path, PICTURE, np.uint8, special_picture)
     special = records(path, PICTURE, np.uint8)
-    while (done := len(records(again, PICTURE, np.uint8))) < min(AUTOENCODED, len(special)):
-        append(again, PICTURE, after_autoencoder(run, special[done : done + 250]))
+    count, done = min(REPAINTED, len(special)), len(records(again, PICTURE, np.uint8))
+    progress = Progress(-(-count // PART), "part", -(-done // PART))
+    while done < count:
+        append(
+            again, PICTURE, repaint(sd, special[done : done + PART], done // PART % len(WALKED), seed=done)
+        )
+        done += PART
+        progress.step()
+    progress.close()
     facts = []
     for scene_of, riso in map(special_scene, range(len(special))):
         found = facts_of(scene_of)
@@ -170,8 +202,9 @@ def training_set(run: Run) -> tuple[np.ndarray, list[dict[str, str]]]:
     world = Pictures(run.work, WORLD).pixels
     scenes = [scene_at(i) for i in range(len(world))]
     single = [i for i, s in enumerate(scenes) if len(s.things) == 1 and s.look != "cropped"]
-    shown = np.concatenate([special, records(again, PICTURE, np.uint8), world[single]])
-    return shown, facts + facts[:AUTOENCODED] + [facts_of(scenes[i]) for i in single]
+    shown = [special, records(again, PICTURE, np.uint8)[:count], world[single]]
+    told = [told_of_repainted(found) for found in facts[:count]]
+    return shown, facts + told + [facts_of(scenes[i]) for i in single]
 
 
 def stage(run: Run) -> None:
@@ -182,24 +215,30 @@ def stage(run: Run) -> None:
         fitting = {k: v for k, v in old.items() if k in own and own[k].shape == v.shape}
         model.load_state_dict(own | fitting)
     model = model.to(run.device, memory_format=torch.channels_last)
-    pixels, truths = training_set(run)
+    sd = load_model(run.work, run.device)
+    sources, truths = training_set(run, sd)
+    pixels, ends = np.concatenate(sources), np.cumsum([0, *map(len, sources)])
     targets = {  # -100: not to be read
         fact: torch.tensor([values.index(t[fact]) if fact in t else -100 for t in truths])
         for fact, values in READS.items()
     }
-    photos = photo_examples()
-    back = after_autoencoder(run, np.stack([picture for picture, _ in photos]))
     tests = {
         "the world": world_examples(TEST_SEED, 300, 100_000),
         "the concepts": concept_examples(TEST_SEED, 300, 150_000),
         "what is held out": [special_example(10 * i + 3 + i % 3, TEST_SEED) for i in range(300)],
-        "photos and mirror images": photos,
-        "the same after the autoencoder": [(p, facts) for p, (_, facts) in zip(back, photos, strict=True)],
+        "photos and mirror images": photo_examples(),
     }
+    for name, test in list(tests.items())[1:]:
+        shown = np.stack([picture for picture, _ in test])
+        for walked in WALKED[:: len(WALKED) - 1]:
+            told = [told_of_repainted(facts) for _, facts in test]
+            again = zip(repaint(sd, shown, walked), told, strict=True)
+            tests[f"{name}, repainted in the last {walked} of {STEPS} steps"] = list(again)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         draw = np.random.default_rng((run.seed, step, 4))
-        rows = draw.choice(len(pixels), run.batch, replace=False)
+        source = np.arange(run.batch) % len(sources)  # as many of each
+        rows = draw.integers(ends[source], ends[source + 1])
         x = to_pixels(pixels[rows])
         x = torch.roll(x, tuple(draw.integers(-3, 4, 2)), dims=(2, 3))
         x = torch.where(torch.from_numpy(draw.random(run.batch) < 0.5)[:, None, None, None], x.flip(3), x)

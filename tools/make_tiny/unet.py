@@ -1,6 +1,7 @@
 """The denoiser: from captions and noise to latents, on the cached latents and contexts of all pictures."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from .decoder import load_vae
 from .draw import sheet
 from .latents import scaling_factor, stored_latents
 from .text import load_text_encoder
-from .training import Run, read, train
+from .training import Run, ema_of, read, train
 
 DROPOUT = 0.1  # share of captions left empty, for classifier-free guidance (arXiv 2207.12598)
 PREVIEW = (
@@ -81,6 +82,18 @@ class Batches:
         values = ready[1].result() if ready else self.read(step)
         self.next = step + 1, self.pool.submit(self.read, step + 1)
         return [value.to(self.run.device, non_blocking=True) for value in values]
+
+
+def load_model(work: Path, device: torch.device) -> StableDiffusion:
+    """The whole model, as the stages left it."""
+    tokenizer = Pictures(work).tokenizer
+    unet = UNet(configs.unet_config(models.UNET, "unet"))
+    unet.load_state_dict(ema_of(work, "unet")["unet"])
+    vae = load_vae(work, scaling_factor(stored_latents(work))).to(device)
+    schedule = Schedule(configs.schedule_config(models.SCHEDULER, "scheduler"))
+    return StableDiffusion(
+        tokenizer, load_text_encoder(work, tokenizer, device), unet.to(device).eval(), vae, schedule
+    )
 
 
 def stage(run: Run) -> None:
