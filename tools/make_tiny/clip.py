@@ -1,8 +1,8 @@
 """The image encoder of CLIP: it learns to find the captions of pictures among hard negatives.
 
 The text encoder is finished and frozen (as in LiT, arXiv 2111.07991). Every batch is made of twins, which
-differ in one attribute, half of them with captions that name it; and linear probes have to tell the facts and
-the factors of the thing.
+differ in one attribute, half of them with captions that name it; and of things that look as their names say,
+each with nothing but its name. And linear probes have to tell the facts and the factors of the thing.
 """
 
 import numpy as np
@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minti.formats import configs
+from minti.model.clip import CLIPTextModel
 from minti.model.image_encoder import CLIPVisionModel
 
 from . import models, names
-from .data import TEST_SEED, Pictures, captions_at, picture_at, to_pixels
+from .captions import PHOTO_TEMPLATES
+from .data import TEST_SEED, Pictures, captions_at, picture_at, scene_at, to_pixels
 from .draw import render
-from .kinds import code_layout
+from .kinds import code, code_layout
 from .text import Heads, code_loss, crop_ids, load_text_encoder
 from .training import Run, read, train
 from .world import Scene, named_thing
@@ -25,6 +27,7 @@ from .world import Scene, named_thing
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 FACT_WEIGHT, CODE_WEIGHT = 0.5, 2.0
+NAMED = 64  # things in a batch that only have their names
 TESTS = 200  # pictures that previews look at, of either sort
 
 
@@ -47,6 +50,36 @@ class ImageHeads(Heads):
         self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
 
 
+class Named:
+    """Things with names, each with the pictures that show it, alone, in the look that its name stands for.
+
+    Attributes:
+        rows: of each thing its pictures.
+        features: (T, N, C), the text encoder's, of each template with each name.
+        codes: (N, K), of the factors of each.
+    """
+
+    @torch.no_grad()
+    def __init__(self, pictures: Pictures, text: CLIPTextModel, device: torch.device) -> None:
+        rows: dict[str, list[int]] = {}
+        codes = {}
+        for i in range(len(pictures)):
+            thing, *others = scene_at(i).things
+            if thing.looks_as_named and not others:
+                rows.setdefault(thing.noun, []).append(i)
+                codes[thing.noun] = code(thing.kind, dict(thing.factors))
+        ids = (pictures.tokenizer([t.format(name) for name in rows]) for t in PHOTO_TEMPLATES[""])
+        self.rows, self.codes = list(rows.values()), torch.from_numpy(np.stack([codes[n] for n in rows]))
+        end = pictures.tokenizer.end_id
+        self.features = torch.stack([text(crop_ids(i, end).to(device)).pooled.float() for i in ids])
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Different things, at most `NAMED`: (N,) pictures, (N, C) features, (N, K) codes."""
+        which = rng.permutation(len(self.rows))[:NAMED]
+        rows = np.array([rng.choice(self.rows[k]) for k in which])
+        return rows, self.features[rng.integers(len(self.features)), which], self.codes[which]
+
+
 def stage(run: Run) -> None:
     pictures = Pictures(run.work)
     text = load_text_encoder(run.work, pictures.tokenizer, run.device)
@@ -56,30 +89,35 @@ def stage(run: Run) -> None:
     if run.start:
         image.load_state_dict(read(run.start / "image_encoder" / "model.safetensors"))
     image, heads = image.to(run.device), ImageHeads().to(run.device)
+    named = Named(pictures, text, run.device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         draw = np.random.default_rng((run.seed, step, 2))
         pairs = draw.choice(len(pictures) // 2, run.batch // 2, replace=False)
         rows = np.sort(np.concatenate([2 * pairs, 2 * pairs + 1]))
-        ids, targets, code = pictures.said(rows, draw.integers(pictures.captions.shape[1], size=run.batch))
-        pixels = normalise(pictures.batch(rows)).to(run.device)
+        ids, targets, said = pictures.said(rows, draw.integers(pictures.captions.shape[1], size=run.batch))
+        rows_named, t_named, code_named = named.draw(draw)
+        pixels = normalise(pictures.batch(np.concatenate([rows, rows_named]))).to(run.device)
         with run.autocast():
             with torch.no_grad():
                 t = text(crop_ids(ids, pictures.tokenizer.end_id).to(run.device)).pooled.float()
-            v = image(pixels).float()
+            features = image(pixels).float()
+        v, v_named = features.split([len(rows), len(rows_named)])
         facts, right = heads.facts_loss(v, targets)
-        factors = code_loss(heads.code(v), code.to(run.device))
-        contrast = contrastive_loss(t, v, heads.logit_scale.exp().clamp(max=100))
-        values = {"contrast": contrast.item(), "right": right, "factors": factors.item()}
-        return contrast + FACT_WEIGHT * facts + CODE_WEIGHT * factors, values
+        factors = code_loss(heads.code(features), torch.cat([said, code_named]).to(run.device))
+        scale = heads.logit_scale.exp().clamp(max=100)
+        contrast, bare = contrastive_loss(t, v, scale), contrastive_loss(t_named, v_named, scale)
+        values = {"contrast": contrast.item(), "bare names": bare.item(), "right": right}
+        values["factors"] = factors.item()
+        return contrast + bare + FACT_WEIGHT * facts + CODE_WEIGHT * factors, values
 
     scenes = [named_scene(i) for i in range(TESTS)]
-    named = normalise(to_pixels(np.stack([render(scene) for scene in scenes])))
+    own = normalise(to_pixels(np.stack([render(scene) for scene in scenes])))
     bare = pictures.tokenizer([f"a photo of a {scene.things[0].noun}" for scene in scenes])
     fresh = normalise(to_pixels(np.stack([picture_at(i, TEST_SEED) for i in range(0, 2 * TESTS, 2)])))
-    said = [captions_at(i, TEST_SEED) for i in range(0, 2 * TESTS, 2)]
-    full = pictures.tokenizer([max(captions, key=lambda c: len(c.facts)).text for captions in said])
-    random = pictures.tokenizer([captions[0].text for captions in said])
+    captions = [captions_at(i, TEST_SEED) for i in range(0, 2 * TESTS, 2)]
+    full = pictures.tokenizer([max(of_one, key=lambda c: len(c.facts)).text for of_one in captions])
+    random = pictures.tokenizer([of_one[0].text for of_one in captions])
 
     @torch.no_grad()
     def preview(ema: dict[str, nn.Module], step: int) -> None:
@@ -93,7 +131,7 @@ def stage(run: Run) -> None:
 
         print(
             f"clip step {step}: text to image among 100: detailed captions {retrieval(full, fresh):.3f}, "
-            f"random {retrieval(random, fresh):.3f}, bare names {retrieval(bare, named):.3f}",
+            f"random {retrieval(random, fresh):.3f}, bare names {retrieval(bare, own):.3f}",
             flush=True,
         )
 
