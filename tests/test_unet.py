@@ -58,6 +58,28 @@ def test_time_and_words_once_for_all_steps():
         )
 
 
+@pytest.mark.parametrize("family", ["sd1", "small", "sdxl"])
+@torch.no_grad()
+def test_guidance_shares_what_precedes_the_prompt(family):
+    """Two pictures, each with two prompts, against diffusers with every picture twice; and nothing that does
+    not depend on the prompt is computed for more than two, unless the conditions of SDXL differ."""
+    reference = oracles.unet(family)
+    unet, context = (
+        compare.ours(reference),
+        torch.randn(4, 77, oracles.unet(family).config.cross_attention_dim),
+    )
+    x, t = torch.randn(2, 4, 8, 16), torch.tensor([500])
+    added, told = None, {}
+    if family == "sdxl":
+        added = torch.randn(4, 20), torch.tensor([[512.0, 768, 0, 64, 1024, 1024]]).expand(4, -1)
+        told = {"added_cond_kwargs": {"text_embeds": added[0], "time_ids": added[1]}}
+    rows = []
+    unet.conv_in.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    output = unet.denoise(x, unet.embed_time(t, added), unet.embed_context(context))
+    assert_parity({"diffusers": (output, reference(torch.cat([x, x]), t, context, **told).sample)})
+    assert rows == [4 if added else 2]
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2", "inpainting", "sdxl", "small"])
 def test_everything_matters(family):
     """Were the output deaf to one of its inputs, or to the heads, comparing it would prove nothing."""

@@ -151,9 +151,7 @@ def paint(sd: StableDiffusion, told: Tensor, args: argparse.Namespace) -> list[I
         n = len(x_t)
         both = torch.cat([without.expand(n, -1, -1), told.expand(n, -1, -1)])
         shift = sd.unet.embed_time(torch.tensor([t], device=sd.device))
-        eps_without, eps_with = (
-            sd.unet.denoise(torch.cat([x_t, x_t]).to(sd.dtype), shift, both).float().chunk(2)
-        )
+        eps_without, eps_with = sd.unet.denoise(x_t.to(sd.dtype), shift, both).float().chunk(2)
         return eps_without + args.guidance_scale * (eps_with - eps_without)
 
     w, h = (n // sd.vae.config.downscale for n in sd.image_size)

@@ -51,6 +51,11 @@ def fused_linear(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def repeat_to(x: Tensor, other: Tensor) -> Tensor:
+    """Repeat the rows of x until they are as many as those of `other`, for guidance: see `UNet.denoise`."""
+    return x if len(x) == len(other) else x.repeat(len(other) // len(x), *[1] * (x.ndim - 1))
+
+
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself or, in the UNet, to the tokens of the prompt.
 

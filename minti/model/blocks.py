@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention
+from .attention import Attention, repeat_to
 from .config import UNetConfig
 
 
@@ -145,7 +145,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context_kv: Tensor) -> Tensor:
         """(B, N, dim) pixels, and (B, L, 2*dim) keys and values of the prompt side by side -> (B, N, dim)."""
         k, v = context_kv.chunk(2, dim=-1)
-        x = x + self.attn1(self.norm1(x))
+        x = repeat_to(x + self.attn1(self.norm1(x)), k)
         x = x + self.attn2(self.norm2(x), (k, v))
         return x + self.ff(self.norm3(x))
 
@@ -181,7 +181,7 @@ class SpatialTransformer(nn.Module):
         for block, kv in zip(self.transformer_blocks, parts, strict=True):
             h = block(h, kv)
         h = self._project(self.proj_out, h)
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, HW, C) -> (B, C, H, W)
+        return repeat_to(x, h) + h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, HW, C) -> (B, C, H, W)
 
     @staticmethod
     def _project(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:

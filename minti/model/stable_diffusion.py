@@ -235,8 +235,7 @@ class StableDiffusion:
         time_shifts = conditioning.time_shifts(self.unet, times)
 
         def predict(x_t: Tensor, t: int) -> Tensor:
-            x = self.unet_input(x_t)
-            output = self.unet.denoise(torch.cat([x, x]) if guided else x, time_shifts[t], context_kv)
+            output = self.unet.denoise(self.unet_input(x_t), time_shifts[t], context_kv)
             if t == times[0]:
                 check_output(output, "UNet", self)
             if not guided:

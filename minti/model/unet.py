@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import fused_linear
+from .attention import fused_linear, repeat_to
 from .blocks import Downsample, ResnetBlock, SpatialTransformer, TimeEmbedding, Upsample, timestep_embedding
 from .config import UNetConfig
 from .sdxl import AddedEmbedding
@@ -83,7 +83,7 @@ class UNetBlock(nn.Module):
         outputs = []
         for layer in zip_longest(self.resnets, shifts, self.attentions, kvs):
             if skips is not None:
-                x = torch.cat([x, skips.pop()], dim=1)
+                x = torch.cat([x, repeat_to(skips.pop(), x)], dim=1)
             x = checkpoint(run_layer, x, *layer, use_reentrant=False) if recompute else run_layer(x, *layer)
             outputs.append(x)
         for downsample in self.downsamplers:
@@ -189,10 +189,11 @@ class UNet(nn.Module):
         Args:
             x: (B, in_channels, h, w) noisy latents.
             time_shifts: (B or 1, ...) from `embed_time`.
-            context_kv: (B, L, ...) from `embed_context`.
+            context_kv: (B, L, ...) from `embed_context`; or of 2B prompts, as in guidance. Then the pictures
+                are repeated, but not before the first cross-attention, if all share their time shifts.
 
         Returns:
-            (B, out_channels, h, w)
+            (B or 2B, out_channels, h, w)
         """
         blocks = self.blocks
         shifts = time_shifts.split([block.shift_width for block in blocks], dim=-1)
@@ -200,7 +201,7 @@ class UNet(nn.Module):
         steps, n = list(zip(blocks, shifts, kvs, strict=True)), len(self.down_blocks)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
 
-        x = self.conv_in(x)
+        x = self.conv_in(x if len(time_shifts) == 1 else repeat_to(x, context_kv))
         skips = [x]
         for block, shift, kv in steps[:n]:  # down
             x, outputs = block(x, shift, kv, recompute=recompute)
@@ -214,15 +215,12 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, added: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Predict eps (or v, or x0: see `Schedule.target`) from noisy latents.
+        """Predict eps, (B, out_channels, h, w), or v or x0 (see `Schedule.target`), from noisy latents.
 
         Args:
             x: (B, in_channels, h, w) latents x_t, scaled to unit variance at t = 0.
             t: (B,) or (1,) time steps, 0 to 999.
             context: (B, L, D) output of the text encoder.
             added: SDXL and unCLIP only, see `embed_time`.
-
-        Returns:
-            (B, out_channels, h, w)
         """
         return self.denoise(x, self.embed_time(t, added), self.embed_context(context))
