@@ -31,7 +31,7 @@ from minti.inversion.learn import diffusion_loss, learn_word
 from minti.inversion.optimizers import DirectionDescent
 from minti.inversion.prompt_variants import photo_word
 from minti.inversion.start import initial_rows
-from minti.inversion.templates import OBJECT
+from minti.inversion.templates import CONTEXT, OBJECT
 
 from .oracles import pipeline, save_folder
 
@@ -427,10 +427,57 @@ def test_regularization(accumulate: int, load: Callable) -> None:
 
 def test_the_loss_that_is_shown_is_that_of_the_pictures(load: Callable) -> None:
     losses = []
-    for weight in (0.0, 1e3):
+    for weights in ({}, {"regularization": 1e3}, {"context_weight": 1e3}):
         sd = load()
-        losses.append([run(sd, [a_word(sd)], Settings(regularization=weight), 0).step() for _ in range(1)])
-    assert losses[0] == losses[1]
+        losses.append([run(sd, [a_word(sd)], Settings(**weights), 0).step() for _ in range(1)])
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_context_term(step: int, load: Callable) -> None:
+    """The gradient of what a step adds is that of the mean distance between what the text encoder makes, of
+    all 77 tokens, of every other word in this step's prompts, with the vectors now and with those before."""
+    gradients, offset = [], torch.linspace(-1, 1, 64).view(2, 32)
+    for weight in (0.0, 0.3):
+        sd = load()
+        inversion = Inversion(sd, [a_word(sd, 2)], Settings(context_weight=weight))
+        with torch.no_grad():
+            inversion.rows[0] += offset
+        inversion.step_count = step
+        inversion.step()
+        gradients.append(inversion.rows[0].grad)
+
+    sd = load()
+    word = a_word(sd, 2)
+    rows = sd.add_concept(Concept(word.placeholder, word.init))
+    prompts = [CONTEXT[(8 * step + i) % 24].format(word.placeholder) for i in range(8)]
+    before = sd.encode_prompt(prompts)
+    rows += offset
+    rows.requires_grad_(True)
+    now = sd.text_encoder(sd.tokenizer(prompts)).context
+    distances = []
+    for i, prompt in enumerate(prompts):
+        texts = sd.tokenizer.encode(prompt)
+        own = set(sd.tokenizer.placeholders[word.placeholder])
+        assert len(own) == 2 <= sum(token in own for token in texts)
+        for place, token in enumerate(texts, start=1):  # behind the token that begins every prompt
+            if token not in own:
+                distances.append(1 - torch.cosine_similarity(now[i, place], before[i, place], dim=0))
+    (expected,) = torch.autograd.grad(0.3 * torch.stack(distances).mean(), rows)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(gradients[1] - gradients[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_context_term_needs_room_and_a_word_that_stays(load: Callable) -> None:
+    with pytest.raises(InputError, match="context_weight: not with progressive"):
+        Settings(context_weight=0.1, progressive=(5,))
+    sd = load()
+    word = a_word(sd, 72, templates=("{}",))
+    Inversion(sd, [word], Settings())
+    sd = load()
+    with pytest.raises(InputError, match="does not fit into the 75 tokens"):
+        Inversion(sd, [word], Settings(context_weight=0.1))
+    assert not sd.tokenizer.placeholders
 
 
 def test_a_cap_on_the_length(load: Callable) -> None:
@@ -866,6 +913,7 @@ OPTIONS = {
     "plain": {},
     "per_image": {"per_image": 0.5, "caption_dropout": 0.3},
     "regularization": {"regularization": 0.1, "max_norm": 1.0, "accumulate": 2},
+    "context": {"context_weight": 0.5, "accumulate": 2},
     "direction": {"optimizer": "direction", "per_image": 0.5, "t_min": 100, "t_max": 800},
     "average": {"average": 3, "lr_schedule": "cosine", "warmup": 2, "weight_decay": 0.2, "betas": (0.5, 0.9)},
     "direction, average": {"optimizer": "direction", "average": 2},

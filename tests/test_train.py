@@ -242,6 +242,7 @@ def test_it_is_the_method_with_the_options_of_the_command_line(run: Callable, ba
         (["--accumulate", "3"], {"accumulate": 3}),
         (["--lr-schedule", "cosine", "--warmup", "3"], {"lr_schedule": "cosine", "warmup": 3}),
         (["--regularization", "0.1", "--max-norm", "1.5"], {"regularization": 0.1, "max_norm": 1.5}),
+        (["--context-weight", "0.2"], {"context_weight": 0.2}),
         (["--per-image", "0.25", "--caption-dropout", "0.1"], {"per_image": 0.25, "caption_dropout": 0.1}),
         (["--eval-size", "6"], {"eval_size": 6}),
         (["--steps", "7", "--batch-size", "3"], {"steps": 7, "batch_size": 3}),

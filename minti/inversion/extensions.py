@@ -2,8 +2,8 @@
 
 Three of these the authors tried themselves (arXiv 2208.01618, section 5.2, "Evaluation setups"): vectors that
 join in one after another, a penalty on the distance to the start, and a word for each single photo. A longest
-length keeps vectors where the text encoder knows its way, and a mean over the last steps evens out the noise
-of the gradient.
+length keeps vectors where the text encoder knows its way, a mean over the last steps evens out the noise of
+the gradient, and a term for the context has a word leave to other words what they say.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..formats.concept import Concept
@@ -22,6 +23,7 @@ from .prompt_variants import photo_word
 from .settings import Settings
 from .start import initial_rows
 from .state import entry
+from .templates import CONTEXT
 
 
 def add_photo_words(sd: StableDiffusion, word: Word) -> list[nn.Parameter]:
@@ -66,6 +68,45 @@ class Progression:
             self.tokenizer.placeholders = active
 
 
+class ContextTerm:
+    """Has words leave to other words what they say (the embedding term of CoRe, arXiv 2408.15914).
+
+    A strong word drowns the others of its prompt: asked for a thing "in the snow" the model paints the thing,
+    and no snow. So in prompts of many places and styles, for which there need be no pictures, what the text
+    encoder puts out for all other words is to keep the direction that it has with the rows at their start.
+
+    Args:
+        sd: the model, which knows the words.
+        words: those that are learned, at their start.
+        weight: `Settings.context_weight`.
+    """
+
+    COUNT = 8  # prompts of each word in a step
+
+    @torch.no_grad()
+    def __init__(self, sd: StableDiffusion, words: Sequence[Word], weight: float) -> None:
+        self.sd, self.weight, tokenizer = sd, weight, sd.tokenizer
+        ids = [tokenizer([t.replace("{}", word.placeholder) for t in CONTEXT]) for word in words]
+        self.ids = torch.stack(ids)  # (words, templates, L)
+        length = int((self.ids != tokenizer.pad_id).any(dim=1).any(dim=0).sum())
+        self.ids = self.ids[..., : length + 1].to(sd.device)
+        known = len(sd.tables[0].weight)  # ids from here on are learned words
+        special = torch.tensor([tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id], device=sd.device)
+        self.other = (self.ids < known) & ~torch.isin(self.ids, special)
+        self.start = torch.stack([self._context(ids) for ids in self.ids])  # (words, templates, L, D)
+
+    def __call__(self, step: int) -> Tensor:
+        """The weight times the mean of 1 - cosine over the other words of a step's prompts, summed."""
+        which = [(step * self.COUNT + i) % len(CONTEXT) for i in range(self.COUNT)]
+        now = self._context(self.ids[:, which].flatten(0, 1)).unflatten(0, (-1, self.COUNT))
+        drift = 1 - F.cosine_similarity(now, self.start[:, which], dim=-1)  # (words, COUNT, L)
+        other = self.other[:, which]
+        return self.weight * ((drift * other).sum((1, 2)) / other.sum((1, 2))).sum()
+
+    def _context(self, ids: Tensor) -> Tensor:
+        return self.sd.text_encoder(ids).context.float()
+
+
 class Constraints:
     """What pulls the rows towards their start, and what is done to them after every update.
 
@@ -73,6 +114,8 @@ class Constraints:
     last one (Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging").
 
     Args:
+        sd: the model, which knows the words.
+        words: those that are learned.
         optimizer: of all rows.
         rows: those of each word.
         settings: how the words are learned.
@@ -85,6 +128,8 @@ class Constraints:
 
     def __init__(
         self,
+        sd: StableDiffusion,
+        words: Sequence[Word],
         optimizer: torch.optim.Optimizer,
         rows: Sequence[nn.Parameter],
         settings: Settings,
@@ -93,17 +138,22 @@ class Constraints:
     ) -> None:
         self.rows, self.starts = rows, [p.detach().clone() for p in rows]
         self.regularization = settings.regularization
+        self.context = ContextTerm(sd, words, settings.context_weight) if settings.context_weight else None
         self.optimizer, self.progression = optimizer, progression
         self.longest = None if settings.max_norm is None else settings.max_norm * vocabulary_norm
         self.steps, self.count = settings.steps, min(settings.average, settings.steps)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._sums = [torch.zeros_like(p) for p in self._parameters] if settings.average > 1 else []
 
-    def penalty(self) -> Tensor:
-        """`Settings.regularization` times the squared distance of each word's rows to their start, summed."""
-        pairs = zip(self.rows, self.starts, strict=True)
-        drift = [(now - start).square().sum(1).mean() for now, start in pairs]
-        return (self.regularization * torch.stack(drift)).sum()
+    def penalties(self, step: int) -> list[Tensor]:
+        """What is added to the loss of a step: `Settings.regularization` times the squared distance of each
+        word's rows to their start, summed; and the `ContextTerm`."""
+        terms = [self.context(step)] if self.context else []
+        if self.regularization:
+            pairs = zip(self.rows, self.starts, strict=True)
+            drift = [(now - start).square().sum(1).mean() for now, start in pairs]
+            terms.append((self.regularization * torch.stack(drift)).sum())
+        return terms
 
     @torch.no_grad()
     def apply(self, step: int) -> None:

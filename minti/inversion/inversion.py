@@ -70,7 +70,7 @@ class Inversion:
         self._parameters = [p.requires_grad_(True) for group in groups for p in group["params"]]
         self.optimizer = make_optimizer(sd, groups, settings)
         how = settings, self.vocabulary_norm, self._progression
-        self._constraints = Constraints(self.optimizer, self.rows, *how)
+        self._constraints = Constraints(sd, self.words, self.optimizer, self.rows, *how)
         # float16 has so small a range that gradients vanish unless the loss is scaled up (arXiv 1710.03740).
         self.scaler = torch.amp.GradScaler(sd.device.type, enabled=sd.dtype == torch.float16)
         self._watch = DivergenceWatch(self._parameters, self.rows)
@@ -92,8 +92,8 @@ class Inversion:
             loss = self._losses(batches) / self.share.count
             self.scaler.scale(loss.sum()).backward()
             losses += loss.detach()
-        if self.settings.regularization and self.share.rank == 0:
-            self.scaler.scale(self._constraints.penalty()).backward()
+        for penalty in self._constraints.penalties(self.step_count) if self.share.rank == 0 else ():
+            self.scaler.scale(penalty).backward()
         self.share.add_up([losses, *(p.grad for p in self._parameters)])
         self._watch.check_gradients(losses, self.scaler)
         self._update()

@@ -14,6 +14,7 @@ from ..model.tokenizer import Tokenizer, clean
 from .batches import Settings, Word
 from .extensions import add_photo_words
 from .prompt_variants import photo_word
+from .templates import CONTEXT
 
 log = logging.getLogger(__name__)
 
@@ -80,5 +81,5 @@ def check_prompts(
         for other in learned & pieces:
             log.warning("%r and %r influence each other: %r names both", word.placeholder, other, text)
     extra = f" with {photo_word(word.placeholder, 0)}" if settings.per_image else ""
-    longest = (*(text + extra for text in own), *templates)
+    longest = (*(text + extra for text in own), *templates, *(CONTEXT if settings.context_weight else ()))
     tokenizer([text.replace("{}", word.placeholder) for text in longest])

@@ -27,6 +27,7 @@ class Settings:
     average: int = 1  # the result is the mean of the rows after each of so many last steps
     progressive: tuple[int, ...] = ()  # steps at which the second vector of a word joins in, the third, ...
     regularization: float = 0.0  # weight of ||v - v_init||^2 in the loss
+    context_weight: float = 0.0  # of the term that keeps what other words say, see `extensions.ContextTerm`
     max_norm: float | None = None  # longest a vector may be, in mean lengths of the vocabulary's
     per_image: float = 0.0  # share of prompts that also have a word of their photo's own
     caption_dropout: float = 0.0  # share of prompts that are the bare word
@@ -40,7 +41,7 @@ class Settings:
             check_number(name, getattr(self, name), int, 0)
         if self.t_max is not None:
             check_number("t_max", self.t_max, int, self.t_min)
-        for name in ("weight_decay", "regularization", "kappa"):
+        for name in ("weight_decay", "regularization", "context_weight", "kappa"):
             check_number(name, getattr(self, name), float, 0)
         for name in ("per_image", "caption_dropout"):
             check_number(name, getattr(self, name), float, 0, 1)
@@ -50,6 +51,10 @@ class Settings:
                 raise InputError(f"{name} {value!r}: choose from {', '.join(known)}")
         if sorted(set(self.progressive)) != list(self.progressive):
             raise InputError(f"progressive {self.progressive}: the steps should rise")
+        if self.progressive and self.context_weight:
+            raise InputError(
+                "context_weight: not with progressive, whose words change; leave one of them out"
+            )
 
     def lr_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at a step, 0 to steps - 1."""

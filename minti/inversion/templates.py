@@ -37,3 +37,4 @@ def load_templates(name: str) -> tuple[str, ...]:
 
 
 OBJECT = load_templates("object")
+CONTEXT = load_templates(str(LISTS / "context.txt"))  # of places and styles, for `extensions.ContextTerm`
