@@ -51,6 +51,8 @@ MINTI = "minti"
 WAYS: dict[str, dict[str, Any]] = {
     MINTI: {},
     "direction": {"optimizer": "direction", "lr": 0.1},
+    "context 0.1": {"context_weight": 0.1},
+    "direction, context 0.1": {"optimizer": "direction", "lr": 0.1, "context_weight": 0.1},
     "t from 400": {"t_min": 400},
     "average of 100": {"average": 100},
     "output": {"init": "output"},
