@@ -129,7 +129,8 @@ def train(
         for name, model in models.items():
             model.load_state_dict(state["models"][name])
             ema[name].load_state_dict(state["ema"][name])
-        print(f"{run.name}: continuing at step {step}", flush=True)
+        if run.processes.rank == 0:
+            print(f"{run.name}: continuing at step {step}", flush=True)
 
     def save() -> None:
         state = {

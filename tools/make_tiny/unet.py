@@ -58,7 +58,7 @@ class Batches:
         self.count = min(len(latents), len(contexts))
         self.pool, self.next = ThreadPoolExecutor(1), None
 
-    def read(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def read(self, step: int) -> tuple[Tensor, ...]:
         """(B, 4, 16, 16) latents and noise, (B,) times in [0, 1), (B, 77, 128) contexts."""
         run = self.run
         draw, generator = np.random.default_rng((run.seed, step, 3)), run.rng(step)
@@ -74,8 +74,8 @@ class Batches:
         at = (parts + torch.rand(run.batch, generator=generator)) / run.batch
         # Every other one closer to the middle, where silhouettes are decided (arXiv 2403.03206, section 3.1).
         at[::2] = torch.sigmoid(torch.special.ndtri(at[::2]))
-        own = slice(run.processes.rank, None, run.processes.world)
-        return x0[own], eps[own], at[own], context[own]
+        rank, world = run.processes.rank, run.processes.world
+        return tuple(values.chunk(world)[rank] for values in (x0, eps, at, context))
 
     def __call__(self, step: int) -> list[Tensor]:
         ready = self.next if self.next and self.next[0] == step else None
