@@ -72,7 +72,7 @@ def split(command: list[str]) -> tuple[str, list[str]]:
     program = words.pop(0)
     if program == "torchrun":
         while words[0].startswith("--"):
-            words = words[1:] if "=" in words[0] or words[0] == "--standalone" else words[2:]
+            words = words[1:] if "=" in words[0] or words[0] in ("--standalone", "--") else words[2:]
     if words[0] == "-m":
         return words[1], words[2:]
     script = Path(words[0])
