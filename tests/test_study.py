@@ -100,7 +100,10 @@ def test_every_setting_reaches_the_word() -> None:
         **{"objective": "clip", "t_min": 5, "t_max": 900, "average": 2},
         **{"regularization": 0.7, "max_norm": 2.0, "per_image": 0.25, "caption_dropout": 0.1},
     }
-    assert set(values) == set(KEYS) - set(WAYS)
+    apart = {"context_weight": 0.3}  # which does not go together with progressive
+    assert set(values | apart) == set(KEYS) - set(WAYS)
+    (setup,) = expand({"apart": apart}, {})
+    assert make_variant(setup, concept()).settings.context_weight == 0.3
     (setup,) = expand({"all": values}, {})
     word = make_variant(setup, concept())
     for key, value in values.items():
