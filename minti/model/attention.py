@@ -52,7 +52,7 @@ def fused_linear(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
 
 
 def repeat_to(x: Tensor, other: Tensor) -> Tensor:
-    """Repeat the rows of x until they are as many as those of `other`, for guidance: see `UNet.denoise`."""
+    """(B, ...) -> (n * B, ...), as many rows as `other` has, for guidance: see `UNet.denoise`."""
     return x if len(x) == len(other) else x.repeat(len(other) // len(x), *[1] * (x.ndim - 1))
 
 

@@ -77,7 +77,7 @@ def options() -> Options:
     opts.add(group, "--progressive", [], type=count, metavar="STEP", help=text)
     text = "weight of the squared distance to the start"
     opts.add(group, "--regularization", 0.0, type=weight, help=text)
-    text = "weight of keeping what other words of prompts say (CoRe); try 0.1 if prompts are ignored"
+    text = "of a thing: weight of keeping what other words say (CoRe); try 0.1 if prompts are ignored"
     opts.add(group, "--context-weight", 0.0, type=weight, help=text)
     opts.add(group, "--max-norm", type=weight, help="longest vector, in mean lengths of the vocabulary")
     text = "how often a word for the single photo is in the prompt"
