@@ -54,6 +54,7 @@ from tools.make_tiny.data import (
     encode_captions,
     picture_at,
     records,
+    scene_at,
     to_pictures,
     to_pixels,
     vocabulary_texts,
@@ -425,6 +426,31 @@ def test_processes_share_a_batch_of_the_unet(work: Path, monkeypatch: pytest.Mon
     assert weights[0].grad.tolist() == [[2.5] * 3] * 2
     assert weights[1].grad.tolist() == [-1.0] * 4
     assert weights[2].grad is None
+
+
+def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: None)
+    for rank in (1, 0):
+        run, model = run_of("toy", tmp_path, 2, processes=Processes(rank, 2)), nn.Linear(3, 1)
+        training.train(run, {"m": model}, lambda step, m=model: (m(torch.ones(3)).sum(), {}), lambda *_: None)
+        assert (tmp_path / "toy" / "state.pt").is_file() == (rank == 0)
+
+
+def test_bare_names_belong_to_their_pictures(work: Path) -> None:
+    """Every picture that a name is told of shows one thing, in the look that the name stands for."""
+    pictures = Pictures(work)
+    encoder = text.load_text_encoder(work, pictures.tokenizer, torch.device("cpu"))
+    named = clip.Named(pictures, encoder, torch.device("cpu"))
+    assert named.rows and len(named.rows) == len(named.codes)
+    for k, rows in enumerate(named.rows):
+        (noun,) = {scene_at(i).things[0].noun for i in rows}
+        own = world.toys()[noun]
+        for i in rows:
+            (thing,) = scene_at(i).things
+            assert (thing.color, thing.color2, thing.pattern) == (own.color, own.color2, own.pattern)
+        expected = encoder(pictures.tokenizer([captions.PHOTO_TEMPLATES[""][3].format(noun)])).pooled[0]
+        torch.testing.assert_close(named.features[3, k], expected, rtol=1e-4, atol=1e-5)
+        assert named.codes[k].tolist() == kinds.code(own.kind, dict(own.factors)).tolist()
 
 
 def test_names_begin_where_a_linear_map_puts_their_meaning(tokenizer_folder: Path) -> None:
