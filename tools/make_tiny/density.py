@@ -1,4 +1,4 @@
-"""python tools/make_tiny/density.py --checkpoint DIR --work DIR --out DIR: can words carry the unseen?
+"""python tools/make_tiny/density.py --checkpoint weights/tiny --out DIR: can words carry the unseen?
 
 Takes things that training never showed, 50 drawn like the others and 50 with a combination of choices of
 their own, learns a word for each from six pictures as the recipe `tiny-all` does, paints it in new places,
@@ -28,7 +28,7 @@ from tools.make_tiny.concepts import object_picture
 from tools.make_tiny.data import to_pixels
 from tools.make_tiny.draw import sheet
 from tools.make_tiny.kinds import KINDS
-from tools.make_tiny.probe import KNOWN_NAMES, Probe, load, shares
+from tools.make_tiny.probe import KNOWN_NAMES, Probe, probe_of, shares
 from tools.make_tiny.score import NEW_PLACES, table
 from tools.make_tiny.words import fitted_vectors, meaning, name_ids
 from tools.make_tiny.world import named_thing
@@ -83,13 +83,12 @@ def placed(sd: minti.StableDiffusion, things: dict[str, names.Named]) -> None:
 def main(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="python tools/make_tiny/density.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the stages, with the probe")
     parser.add_argument("--out", type=Path, required=True, help="folder for photos, words and pictures")
     parser.add_argument("--count", type=number(int, 1), default=50, help="things of either set")
     parser.add_argument("--at-once", type=number(int, 1), default=10, help="words learned in one run")
     parser.add_argument("--steps", type=number(int, 0), default=300, help="0: do not learn words")
     args = parser.parse_args(argv)
-    probe, rows, shown = load(args.work), {}, []
+    probe, rows, shown = probe_of(args.checkpoint), {}, []
     args.out.mkdir(parents=True, exist_ok=True)
 
     def record(row: str, sd: minti.StableDiffusion, words: dict[str, names.Named]) -> None:

@@ -18,16 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minti.cli.progress import Progress
+from minti.errors import InputError
 from minti.formats.atomic import write_atomically
 from minti.model.stable_diffusion import Predict, StableDiffusion
-from minti.study.classifier import Probe
+from minti.study.classifier import Judge, Probe
 
 from . import names
 from .captions import FACTS
 from .concepts import held_out, pictures, riso_picture
 from .data import PICTURE, TEST_SEED, Pictures, append, fill, records, scene_at, to_pixels
 from .draw import render
-from .training import Run, ema_of, read, train
+from .training import Run, read, train
 from .unet import load_model
 from .world import BACKGROUNDS, NOUNS, TOY_NAMES, Scene, Thing, named_thing, scene, stands_out
 
@@ -259,7 +260,8 @@ def stage(run: Run) -> None:
     train(run, {"probe": model}, loss_of, preview)
 
 
-def load(work: Path) -> Probe:
-    probe = Probe(READS)
-    probe.load_state_dict(ema_of(work, "probe")["probe"])
-    return probe.eval()
+def probe_of(checkpoint: Path) -> Probe:
+    """The probe that a checkpoint is shipped with. Raises InputError if there is none."""
+    if (judge := Judge.load(checkpoint)) is None:
+        raise InputError(f"{checkpoint}: has no folder probe; `python tools/make_tiny export` writes one")
+    return judge.probe

@@ -1,7 +1,7 @@
-"""python tools/make_tiny/score.py --checkpoint weights/tiny --work DIR: how good the tiny model is.
+"""python tools/make_tiny/score.py --checkpoint weights/tiny --out DIR: how good the tiny model is.
 
-Prompts are fresh, and what they ask for is known exactly. A probe trained on rendered pictures (`make_tiny
-probe`) reads what the generated ones show; its own error on fresh renders is reported first.
+Prompts are fresh, and what they ask for is known exactly. The checkpoint's probe, trained on rendered
+pictures, reads what the generated ones show; its own error on fresh renders is reported first.
 """
 
 import math
@@ -19,7 +19,6 @@ import minti
 from minti.cli.command import run_command
 from minti.cli.options import Parser, number
 from minti.cli.progress import Progress
-from minti.errors import InputError
 from minti.formats.concept import Concept
 from minti.judge.scorer import Scorer
 from minti.model.stable_diffusion import StableDiffusion
@@ -32,8 +31,8 @@ from tools.make_tiny.probe import (
     Probe,
     concept_examples,
     facts_of,
-    load,
     photo_examples,
+    probe_of,
     shares,
     single_scenes,
     special_example,
@@ -157,9 +156,7 @@ def concept_rows(
 def main(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="python tools/make_tiny/score.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder of the training stages, with the probe"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the table and pictures")
     parser.add_argument("--prompts", type=number(int, 1), default=500)
     parser.add_argument("--steps", type=number(int, 1), default=50)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
@@ -167,13 +164,8 @@ def main(argv: Sequence[str] | None) -> None:
         "--learned", type=Path, help="folder with NAME/learned_embeds.safetensors of concepts"
     )
     args = parser.parse_args(argv)
-    if not (args.work / "probe" / "state.pt").is_file():
-        raise InputError(
-            f"{args.work}: has no probe; run `python tools/make_tiny probe --work {args.work}` first"
-        )
-    out = args.work / "score"
+    probe, out = probe_of(args.checkpoint), args.out
     out.mkdir(parents=True, exist_ok=True)
-    probe = load(args.work)
     options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "batch_size": 50}
 
     rows, sd = {}, minti.load(args.checkpoint, device="cpu", dtype="float32")
