@@ -1,7 +1,5 @@
 """python -m minti.concept: look into files of learned words, convert and merge them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The one error that a user is shown: one line that says what is wrong, where, and the remedy."""
 
-from __future__ import annotations
-
 from math import inf
 from numbers import Integral, Real
 

@@ -1,7 +1,5 @@
 """python -m minti.evaluate: how close a learned word comes to its photos, and how well it follows prompts."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """python -m minti.report RUN: write `report.html` for a training run anew, from the files it has left."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn

@@ -1,7 +1,5 @@
 """python -m minti.sample: pictures from prompts."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

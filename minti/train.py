@@ -1,7 +1,5 @@
 """python -m minti.train: learn words from photos; everything needed to look, stop and resume is on disk."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

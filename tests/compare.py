@@ -1,7 +1,5 @@
 """minti beside the reference: the same weights, the same input, and what each makes of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

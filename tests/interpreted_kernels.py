@@ -3,8 +3,6 @@
 Triton's interpreter executes the kernels as they are written, with NumPy. It is slow, so everything is small.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

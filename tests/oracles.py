@@ -1,7 +1,5 @@
 """Small Stable Diffusions with random weights, made by the reference libraries, to compare minti with."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Mapping

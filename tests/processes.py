@@ -4,8 +4,6 @@ Run as a script this is a server that has imported everything and forks a proces
 for, which saves the seconds that importing takes.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

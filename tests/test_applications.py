@@ -1,7 +1,5 @@
 """The applications of a study: what is made is what is said, and what is counted is right, by hand."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whatever is wrong with what the user gives: one clear line, exit code 2 (130 for Ctrl-C), nothing lost."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

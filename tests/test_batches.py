@@ -1,7 +1,5 @@
 """What a training step looks at: a function of seed and step, balanced and spread out."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The benchmark: that it compares the same work, counts it right, and reports what it measured."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """The text encoder of the first latent diffusion model against diffusers' LDMBertModel."""
 
-from __future__ import annotations
-
 import json
 
 import torch

@@ -1,7 +1,5 @@
 """The bottleneck tool: what each freedom tells the UNet, and that loss and pictures are those of minti."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The same model comes out of every container that public checkpoints come in, without a second copy."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

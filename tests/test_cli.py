@@ -1,7 +1,5 @@
 """Options, config files, and the exit codes of commands."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """CLIP-guided sampling, and sampling from a picture: equal to the reference, and to plain sampling at 0."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

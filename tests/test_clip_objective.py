@@ -1,7 +1,5 @@
 """`minti.train --objective clip`: equal to a plain loop over transformers' CLIPModel; refused elsewhere."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

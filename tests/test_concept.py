@@ -1,7 +1,5 @@
 """Learned words: the rows below the table of words, and the file they come in."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Configs: every key that the reference libraries know is acted on as they do, or refused by name."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`python -m minti.edit`: equal to the reference, and careful with the photo."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files of learned words: what others write we read, what we write others read, and nothing runs code."""
 
-from __future__ import annotations
-
 import base64
 import copy
 import hashlib

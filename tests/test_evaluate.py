@@ -1,7 +1,5 @@
 """`python -m minti.evaluate`: scores are those of their definitions, and nothing finished is made twice."""
 
-from __future__ import annotations
-
 import csv
 import json
 import logging

@@ -1,7 +1,5 @@
 """The fuzzer: it finds nothing in a short run, and it notices everything that it should."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """The house itself: how large it may be, and which room may know of which."""
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

@@ -1,7 +1,5 @@
 """The method: that it is Textual Inversion, and that every option does what it says."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 What the kernels compute is tested without a GPU in `interpreted_kernels.py`, and here with one.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

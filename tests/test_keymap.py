@@ -1,7 +1,5 @@
 """Key by key and shape by shape: our modules against public checkpoints, the key map against diffusers'."""
 
-from __future__ import annotations
-
 import json
 import types
 

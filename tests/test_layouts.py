@@ -1,7 +1,5 @@
 """Checkpoints as other tools write them: what they leave out, add, rename, and say in odd places."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The first latent diffusion model, text2img-large with its BERT, against diffusers' pipeline."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

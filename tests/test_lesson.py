@@ -1,7 +1,5 @@
 """The lesson of the method's README, run as it stands there but for the number of steps."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

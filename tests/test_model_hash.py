@@ -1,7 +1,5 @@
 """The hash by which runs and scores recognise a model."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

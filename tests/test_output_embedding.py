@@ -1,7 +1,5 @@
 """Output embeddings against transformers and diffusers, where the encoder's output is replaced by hand."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

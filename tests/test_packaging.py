@@ -1,7 +1,5 @@
 """What is installed: the wheel outside of a clone, and an editable install beside one."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

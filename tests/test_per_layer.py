@@ -1,7 +1,5 @@
 """Words per layer against diffusers: for each cross-attention a context of its own."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

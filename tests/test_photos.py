@@ -1,7 +1,5 @@
 """Photos as people have them."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

@@ -1,7 +1,5 @@
 """Every place where a pickle may be read, with every kind of payload: nothing runs or changes."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import io

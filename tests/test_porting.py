@@ -5,8 +5,6 @@ and `-tiny` no coarsest level either; the `-v2` models are the same for SD 2.x. 
 recipe "How to port a new checkpoint": compare with the library the checkpoint was made with.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

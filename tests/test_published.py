@@ -1,7 +1,5 @@
 """`tools/parity.py --published` gives minti the inputs that diffusers' own slow tests give its pipelines."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`python -m minti.study questionnaire`: what the page holds, and what becomes of the answers."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

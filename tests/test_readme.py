@@ -1,7 +1,5 @@
 """What the READMEs say: every command in them is understood, every file that they name is there."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import os

@@ -1,7 +1,5 @@
 """`python -m minti.sample`: the files it writes, and that they tell how to make them again."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """The CLIP that judges: loaded from any layout it sees and says what the reference does; and the scores."""
 
-from __future__ import annotations
-
 import json
 import math
 import operator

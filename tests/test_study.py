@@ -1,7 +1,5 @@
 """`python -m minti.study`: what a recipe means, that nothing is done twice, that the report is complete."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

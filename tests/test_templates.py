@@ -1,7 +1,5 @@
 """The prompts words are learned in."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

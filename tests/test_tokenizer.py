@@ -1,7 +1,5 @@
 """The tokenizer against OpenAI's recorded answers and transformers' implementation."""
 
-from __future__ import annotations
-
 import doctest
 import gzip
 import json

@@ -1,7 +1,5 @@
 """The tools around public checkpoints: what they say, and with which exit code."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`python -m minti.train`: what it writes, what its options do, and several words or processes at once."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import json

@@ -1,7 +1,5 @@
 """A training run that is killed, interrupted or out of space loses nothing and ends as if nothing were."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import os

@@ -1,7 +1,5 @@
 """`python -m minti.tune`: equal to a plain loop of the reference, and careful with what is on disk."""
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Stable unCLIP: prompts that are pictures. The oracle is diffusers' pipeline."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

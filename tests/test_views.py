@@ -1,7 +1,5 @@
 """What the model gets to see of photos: views, their latents, and the sheet that shows them."""
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Tokenizer files: words that were saved with a pipeline, and files that are damaged."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import shutil

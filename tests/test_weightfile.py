@@ -1,7 +1,5 @@
 """Files of tensors: every format gives the same tensors, damage is noticed, and no pickle runs code."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -1,7 +1,5 @@
 """BERT's tokenizer against the package `tokenizers`, which transformers uses, and its placeholder words."""
 
-from __future__ import annotations
-
 import json
 import random
 

@@ -1,7 +1,5 @@
 """python tools/bench.py: how fast minti and its peers are at the same work, side by side."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib.metadata

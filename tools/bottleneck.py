@@ -12,8 +12,6 @@ the UNet and everything behind it frozen, always for the prompt "a photo of a WO
 If more freedom brings no lower loss, the UNet is what limits the pictures; if it does, the space of words is.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence

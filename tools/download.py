@@ -5,8 +5,6 @@ A download that was cut off goes on where it stopped. Everything is checked agai
 against those under which the file is known in public where minti has them. Needs `pip install 'minti[hub]'`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

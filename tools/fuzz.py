@@ -8,8 +8,6 @@ number of the mutation alone. The damaged file of a finding is kept, and read ag
 exit code is 1 if there are findings.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

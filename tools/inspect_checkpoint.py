@@ -4,8 +4,6 @@ Nothing is read but names, shapes and configs, unless `--verify` asks for every 
 verdict; the exit code is 0 if the checkpoint loads and 2 if it does not.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import zipfile

@@ -4,8 +4,6 @@ Every row is one output of one module, or of the whole way from prompts to pictu
 by both sides. The error is the largest absolute difference, divided by the largest value of the reference.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

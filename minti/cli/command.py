@@ -1,7 +1,5 @@
 """Running a command: its exit code, and one clear line when something is wrong."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging

@@ -1,7 +1,5 @@
 """HTML reports: the page, its style, tables and pictures."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

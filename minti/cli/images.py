@@ -1,7 +1,5 @@
 """Pictures put together, and written as PNG files."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """The model that the options of a command ask for, and the learned words that it is to know."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 from collections.abc import Sequence

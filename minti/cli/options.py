@@ -1,7 +1,5 @@
 """The options of a command: declared once, given as flags or in config files, and checked in one way."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import sys

@@ -1,7 +1,5 @@
 """Telling the user how far a long job is, how long it will still take, and how much memory it has used."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import sys

@@ -1,7 +1,5 @@
 """Curves and scatter plots as SVG, small enough to be read as text."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

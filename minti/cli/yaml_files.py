@@ -1,7 +1,5 @@
 """Config files and the recipes that come with minti."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

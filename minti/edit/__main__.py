@@ -1,7 +1,5 @@
 """python -m minti.edit: change a photo with a prompt, inside a mask or as a whole."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -12,8 +12,6 @@ of the steps (Levin and Fried, arXiv 2306.00950), so it changes little. A UNet m
 of this: it is shown the mask and the photo without what is masked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,7 +47,7 @@ def paint(
         fixed_noise: mix the photo with the first noise of each candidate at all levels, as diffusers does,
             instead of with fresh noise at every step.
         dilate: begin with a mask that is this many cells wider and shrink it to the given one, so that there
-            is room to paint under a thin mask. A cell is one latent, 8 x 8 pixels.
+            is room to paint under a thin mask. A cell is one latent, 8 x 8 pixels in most models.
         options: `guidance_scale` and others of `StableDiffusion.denoise`.
 
     Yields:

@@ -12,8 +12,6 @@ paper starts from a training picture, of which the first steps are left out; thi
 concept gets into the pictures.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 

@@ -8,8 +8,6 @@ yet, and uses the output at the x before. Guidance makes this error larger at ev
 of the photo is lost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any

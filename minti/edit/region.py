@@ -1,7 +1,5 @@
 """Pixels: the mask, the part of a photo that the model works on, and the result put back into the photo."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Writing files so that a crash, a full disk or Ctrl-C never leaves half of one."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import os

@@ -4,8 +4,6 @@
 plan load itself.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from dataclasses import replace

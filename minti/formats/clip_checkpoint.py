@@ -5,8 +5,6 @@ TorchScript archive it was published in; an open_clip file with its `open_clip_c
 Stable Diffusion folder with an `image_encoder` that shares the space of its text encoder, as weights/tiny.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Each kind of config has a table (see `json_checks.py`) of the keys that minti ac
 it implements one value. Names and defaults are those of diffusers and transformers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeVar
 

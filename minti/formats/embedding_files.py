@@ -10,8 +10,6 @@ OneTrainer          {emp_params_out: (n, D)}, output embeddings: keys of FORMATS
 others              a row of FORMATS; or a tensor by itself; the word is the file's name
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from collections import ChainMap

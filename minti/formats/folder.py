@@ -1,7 +1,5 @@
 """Plans for folders in the layout of the diffusers library: each part has a folder with its config.json."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace

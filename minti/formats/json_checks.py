@@ -5,8 +5,6 @@ what was expected, so that reading and refusing are one mechanism. A key that st
 name, unless it is `HARMLESS` or its value switches nothing on (null, false, 0 or empty).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

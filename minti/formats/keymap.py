@@ -6,8 +6,6 @@ on how many there are) and how a layer inside a block (`*_LAYERS`). Each of our 
 the same tables serve both directions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a file or folder that minti cannot load seems to be, so that messages can say it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path

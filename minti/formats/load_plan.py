@@ -4,8 +4,6 @@ A plan is checked as a whole (`CheckpointPlan.problems`) before anything is read
 without memory of its own, takes its weights over straight from disk (`PartPlan.load`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Weights of a file laid over a part of a model that is loaded: tuned, or another fine-tune of that part."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The photos of a concept: found in a folder with their masks and captions, and decoded one at a time."""
 
-from __future__ import annotations
-
 import codecs
 import functools
 import io

@@ -1,7 +1,5 @@
 """Opening other people's files: one boundary, which turns whatever goes wrong into one line for the user."""
 
-from __future__ import annotations
-
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ a head where they project with matrices, and in CLIP. All functions take {key: s
 model, without its prefix, and raise KeyError for a key that should be there.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

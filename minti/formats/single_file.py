@@ -1,7 +1,5 @@
 """Plans for single-file checkpoints: which tensor of the file belongs to which weight of the model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

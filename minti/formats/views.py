@@ -1,7 +1,5 @@
 """Square views of photos, as a model sees them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

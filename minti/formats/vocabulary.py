@@ -1,7 +1,5 @@
 """Reading the files of a tokenizer, CLIP's or BERT's."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 from typing import Any

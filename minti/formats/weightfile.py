@@ -5,8 +5,6 @@ disk. Where they have to be converted, the pages already read are given back aft
 loading never holds much more than the result.
 """
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -74,7 +74,7 @@ class Word:
     seed: int = 0
 
     def latents_at(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw the clean latents x0 of a batch, (B, C, h, w), with weights (B, 1, h, w) and sizes (B, 6)."""
+        """Draw x0 of a batch on their device, (B, C, h, w), with weights (B, 1, h, w) and sizes (B, 6)."""
         latents, view = self.latents, batch.view
         x0 = latents.mean[view] + latents.std[view] * batch.posterior_noise
         return x0, latents.weight[view], latents.sizes[view]
@@ -89,8 +89,8 @@ def generator(*key: object) -> torch.Generator:
 def sample_batch(word: Word, settings: Settings, num_train_timesteps: int, count: int, *key: object) -> Batch:
     """Draw samples of a word.
 
-    Photos come in turn, so that every one is seen equally often, and time steps are stratified: one from each
-    of `count` equal parts of the schedule. Both make the gradient less noisy and leave its mean as it is
+    No photo comes twice in a batch before all have come once, and time steps are stratified: one from each of
+    `count` equal parts of the range. Both make the gradient less noisy and leave its mean as it is
     (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
 
     Args:

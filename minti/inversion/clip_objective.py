@@ -9,8 +9,6 @@ Stable Diffusion 1 reads prompts with the text encoder of a CLIP. So a row that 
 be used in its prompts at once, and shows how much of a picture the objective of CLIP leaves out.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass

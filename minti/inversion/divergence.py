@@ -1,7 +1,5 @@
 """Noticing that training has diverged, and going back to the last good step, without making a GPU wait."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

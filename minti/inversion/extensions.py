@@ -6,8 +6,6 @@ length keeps vectors where the text encoder knows its way, a mean over the last 
 the gradient, and a term for the context has a word leave to other words what they say.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

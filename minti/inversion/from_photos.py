@@ -1,7 +1,5 @@
 """Learning a word from photos, in one call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +84,8 @@ def learn(
     check_number("lr", lr, float, 0)
     check_number("seed", seed, int, 0)
     options = Settings(**settings)
+    if options.objective != "diffusion":
+        raise InputError("objective: minti.learn learns with diffusion only; python -m minti.train has clip")
     photos = load_photos(images) if isinstance(images, str | Path) else [_as_photo(x) for x in images]
     if not photos:
         raise InputError("images is empty; three to five photos of one concept are best")

@@ -5,8 +5,6 @@ know nothing of each other: each has its own samples, its own loss and its own r
 alone, but for rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +31,7 @@ class Inversion:
         replace: allow placeholders that mean something already.
         rank, world: which of how many processes this is; each handles its share of every batch.
         compiled: turn the loss into one compiled graph at the first step, which takes a while.
-        templates: of prompts that the words will also be used in, beside those they are learned in.
+        templates: further prompts that the words have to fit into, such as those of previews.
 
     Attributes:
         rows: (num_vectors, D) float32 parameters of each word.
@@ -81,7 +79,7 @@ class Inversion:
 
         Args:
             check: whether to wait for the result and `check` it at once; by default on the CPU only, since a
-                GPU that is waited for stands idle afterwards. Then it is for the caller to check, some time.
+                GPU that is waited for stands idle afterwards. Whoever passes False has to call `check` later.
 
         Raises:
             Diverged: see `check`.
@@ -113,7 +111,7 @@ class Inversion:
     def _losses(self, batches: Sequence[Batch]) -> Tensor:
         """The sum of the losses of each word's samples, (words,)."""
         losses = self._loss(*loss_inputs(self.sd, self.words, batches))
-        return losses.view(len(self.words), -1).sum(1)
+        return losses.view(len(self.words), -1).sum(1)  # (words*B,) -> (words,)
 
     def _update(self) -> None:
         for group, word in zip(self.optimizer.param_groups, self.words, strict=True):
@@ -144,7 +142,7 @@ class Inversion:
         The loss of a training step says little, since it depends mostly on which time steps and noise were
         drawn. With these fixed, it shows how the word gets better (DVAR, arXiv 2302.04841).
         """
-        n, size, sums = 4 * self.settings.batch_size, self.settings.eval_size, 0  # without gradients
+        n, size, sums = 4 * self.settings.batch_size, self.settings.eval_size, 0  # no activations kept
         drawn = self._draw(size, "evaluation", self.settings.eval_seed)
         for first in range(0, size, n):
             sums = sums + self._losses([batch[first : first + n] for batch in drawn])

@@ -1,7 +1,5 @@
 """The latents of views of photos, which a word is learned from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
 """Textual Inversion (Gal et al. 2022, arXiv 2208.01618): a new word for what a few photos show.
 
 A latent diffusion model is trained to find the noise eps in a noisy latent x_t, given a prompt y (equation
-1):
+1, where a_t is `Schedule.alphas_cumprod[t]`):
 
     L_LDM = E_{x0, y, eps, t} || eps - eps_theta(x_t, t, c(y)) ||^2,    x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps
 
@@ -14,8 +14,6 @@ prompts y_v like "a photo of a <toy>" (equation 2):
 `diffusion_loss` is the loss, and `learn_word` the method in its plainest form. `Inversion` in `inversion.py`
 takes the same steps, and is what the commands and `minti.learn` use.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -40,7 +38,7 @@ def diffusion_loss(
         sizes: (B, 6) float32, sizes and crops of the photos in pixels, which only SDXL is told.
 
     Returns:
-        (B,) float32. Where the model predicts x0 or v instead of eps, so does the target.
+        (B,) float32. Where the model predicts x0 or a velocity (see `Schedule.target`), that is the target.
     """
     x_t = sd.schedule.q_sample(x0, eps, t)
     context = sd.condition(ids, sizes)
@@ -53,7 +51,7 @@ def diffusion_loss(
 def learn_word(sd: StableDiffusion, word: Word, settings: Settings) -> Concept:
     """Learn one word: draw a batch, compute the loss, its gradient, and a step of AdamW (arXiv 1711.05101).
 
-    Of the settings only `steps`, `batch_size`, `caption_dropout`, `betas` and `weight_decay` matter.
+    Of the settings, these are used: steps, batch_size, t_min, t_max, caption_dropout, betas, weight_decay.
     """
     rows = sd.add_concept(Concept(word.placeholder, word.init)).requires_grad_(True)
     optimizer = torch.optim.AdamW([rows], word.lr, settings.betas, weight_decay=settings.weight_decay)

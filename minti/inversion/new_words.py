@@ -1,7 +1,5 @@
 """Adding the words that are to be learned to the model, all or none, if they fit into their prompts."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

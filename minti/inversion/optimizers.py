@@ -1,7 +1,5 @@
 """How the gradient moves the rows: by AdamW, or along the sphere of vectors of one length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Prompts that are the bare word, or also hold a word for their photo: options that are off by default."""
 
-from __future__ import annotations
-
 from .settings import Settings
 
 

@@ -1,7 +1,5 @@
 """How words are learned: the options that all words of a run share."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -49,6 +47,12 @@ class Settings:
         for name, known in (choices | {"objective": ("diffusion", "clip")}).items():
             if (value := getattr(self, name)) not in known:
                 raise InputError(f"{name} {value!r}: choose from {', '.join(known)}")
+        if self.max_norm is not None:
+            check_number("max_norm", self.max_norm, float, 0)
+        for beta in self.betas:
+            check_number("betas", beta, float, 0, math.nextafter(1, 0))
+        for step in self.progressive:
+            check_number("progressive", step, int, 1)
         if sorted(set(self.progressive)) != list(self.progressive):
             raise InputError(f"progressive {self.progressive}: the steps should rise")
         if self.progressive and self.context_weight:

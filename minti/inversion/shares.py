@@ -1,7 +1,5 @@
 """A step in parts: several words, processes that share the samples, batches whose gradients are added up."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Where the vectors of a new word start: at a word that describes the concept coarsely, or elsewhere."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The state of an optimizer and a gradient scaler as tensors, which a file can hold and no code hides in."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -4,8 +4,6 @@ The lists in `template_lists/` (arXiv 2208.01618, appendix D; after CLIP's for I
 possible about the picture, so that whatever is special about it goes into the word.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..errors import InputError

@@ -1,7 +1,5 @@
 """What an evaluation scores: words, captions and references in every prompt, or pictures in files."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

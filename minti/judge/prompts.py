@@ -1,7 +1,5 @@
 """The prompts in which a learned word is tried: lists of them, and what users' prompts may get wrong."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

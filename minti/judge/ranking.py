@@ -1,7 +1,5 @@
 """Choosing among pictures of one prompt the one that CLIP finds closest to it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from PIL import Image

@@ -1,7 +1,5 @@
 """What an evaluation leaves: a table of scores, evaluation.json, plot.svg and sheets of the pictures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -16,8 +16,6 @@ estimate is uncertain itself; Student's t with n - 1 degrees of freedom accounts
 plain percentile interval holds the true mean in 50 % of cases if n is 2, and not in 95 %.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Multi-head attention, as the text encoder, the UNet and the autoencoder use it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -53,14 +51,14 @@ def fused_linear(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
 
 def repeat_to(x: Tensor, other: Tensor) -> Tensor:
     """(B, ...) -> (n * B, ...), as many rows as `other` has, for guidance: see `UNet.denoise`."""
-    return x if len(x) == len(other) else x.repeat(len(other) // len(x), *[1] * (x.ndim - 1))
+    return x if len(x) == len(other) else torch.cat([x] * (len(other) // len(x)))
 
 
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself or, in the UNet, to the tokens of the prompt.
 
     Args:
-        dim: channels of the sequence, and of all heads together.
+        dim: channels of the sequence, and of all `heads` together.
         context_dim: channels of what the keys and values are projected from.
         qkv_bias: whether the projections to queries, keys and values have a bias.
         upcast: see `attention`.

@@ -6,8 +6,6 @@ pre-norm transformer (Vaswani et al. 2017, arXiv 1706.03762): every position att
 to padding, because no mask is applied anywhere. Its heads are narrower than its width: 8 x 64 = 512 of 1280.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch.nn.functional as F

@@ -6,8 +6,6 @@ and everywhere in the autoencoder, as in the code that the public weights were t
 (CompVis/latent-diffusion).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -19,7 +17,7 @@ from .config import UNetConfig
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Cosines and sines of t at dim / 2 frequencies, from 1 falling to 1/10000 (DDPM, arXiv 2006.11239).
+    """Cosines and sines of t at dim / 2 frequencies, falling from 1 towards 1/10000 (DDPM, arXiv 2006.11239).
 
     Args:
         t: (N,) numbers, integers or not.
@@ -74,7 +72,7 @@ class ResnetBlock(nn.Module):
         """
         h = self.conv1(F.silu(self.norm1(x)))
         if time_shift is not None:
-            h = h + time_shift[:, :, None, None]
+            h = h + time_shift[:, :, None, None]  # (B or 1, c_out) -> (B or 1, c_out, 1, 1)
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -144,8 +142,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context_kv: Tensor) -> Tensor:
         """(B, N, dim) pixels, and (B, L, 2*dim) keys and values of the prompt side by side -> (B, N, dim)."""
-        k, v = context_kv.chunk(2, dim=-1)
-        x = repeat_to(x + self.attn1(self.norm1(x)), k)
+        k, v = context_kv.chunk(2, dim=-1)  # each (B, L, dim), or (2B, L, dim) in guidance
+        x = repeat_to(x + self.attn1(self.norm1(x)), k)  # (B, N, dim) -> (B or 2B, N, dim)
         x = x + self.attn2(self.norm2(x), (k, v))
         return x + self.ff(self.norm3(x))
 

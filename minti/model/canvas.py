@@ -4,8 +4,6 @@ Its input has 1 + C channels more: a mask, one where it is to paint, and the lat
 what is masked. Where there is no picture to begin with, everything is to be painted.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What `StableDiffusion` refuses: impossible options, broken weights, numbers that overflow."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -59,7 +57,7 @@ def check_options(prompts: Sequence[str], seeds: Sequence[int], options: Mapping
     check_number("eta", options["eta"], float, 0, 1)
 
 
-def check_size(size: object, default: int, f: int) -> tuple[int, int]:
+def check_size(size: object, default: tuple[int, int], f: int) -> tuple[int, int]:
     """Width and height in pixels.
 
     Args:

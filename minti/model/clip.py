@@ -6,8 +6,6 @@ Stability-AI/stablediffusion); both are this code with another `TextConfig`. Tex
 very first step, the table that turns a token id into a vector.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -124,7 +122,7 @@ class TextOutput(NamedTuple):
 
     Attributes:
         context: (B, L, D), what the UNet attends to; CLIP's is the last layer, normalised.
-        pooled: (B, D), the context at the end token; projected, (B, P), where there is a text_projection.
+        pooled: the last layer, normalised, at the end token: (B, D), or (B, P) behind a text_projection.
         hidden_states: the input and the output of every layer, each (B, L, D), not normalised.
     """
 

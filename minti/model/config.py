@@ -6,8 +6,6 @@ Every part of the model is described by one of them, and by nothing else: the co
 (`formats/shapes_to_config.py`). Numbers that contradict each other raise InputError.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from .config_checks import check_heads, check_prediction
@@ -56,7 +54,7 @@ class UNetConfig:
     norm_eps: float = 1e-5
     # SDXL: widths of the embedding of one size, and of the pooled text together with six such embeddings.
     addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None  # with no such sizes: unCLIP's, of a picture
+    projection_class_embeddings_input_dim: int | None = None  # alone: width of what unCLIP is shown
     sample_size: tuple[int, int] = (64, 64)  # height and width, in latents, of the pictures it was trained on
 
     def __post_init__(self) -> None:
@@ -74,7 +72,7 @@ class VAEConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
-    force_upcast: bool = True  # SDXL's overflows in float16, unless its config says that it does not
+    force_upcast: bool = True  # of SDXL only: keep it in float32 where the rest is float16
     scaling_factor: float = 0.18215  # the UNet sees latents times this, which gives them about unit variance
 
     @property
@@ -93,8 +91,8 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear", or "squaredcos_cap_v2"
     prediction_type: str = "epsilon"  # what the UNet predicts; or "v_prediction", or "sample" (x0)
     timestep_spacing: str = "leading"  # or "trailing", or "linspace"
-    steps_offset: int = 1
-    set_alpha_to_one: bool = False
+    steps_offset: int = 1  # added to all time steps of "leading"
+    set_alpha_to_one: bool = False  # whether the last step ends at alpha 1 instead of that of t = 0
     # Rescale the betas so that nothing of the picture is left at the last time step (arXiv 2305.08891, 3.1).
     rescale_betas_zero_snr: bool = False
 

@@ -1,7 +1,5 @@
 """Refuses configs whose numbers contradict each other."""
 
-from __future__ import annotations
-
 from ..errors import InputError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

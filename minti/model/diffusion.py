@@ -5,8 +5,6 @@ alphas_cumprod[t] the share of the variance of x_t that is still x0. DDPM (arXiv
 alpha-bar, DDIM (arXiv 2010.02502) as alpha.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -34,7 +32,7 @@ class Schedule:
         return 1.0 if t < 0 and self.config.set_alpha_to_one else self._alphas[max(t, 0)]
 
     def signal_and_noise(self, t: Tensor | int) -> tuple[Tensor | float, Tensor | float]:
-        """sqrt(alphas_cumprod[t]) and sqrt(1 - alphas_cumprod[t]), (B, 1, 1, 1) float32 for t (B,)."""
+        """sqrt(alphas_cumprod[t]) and sqrt(1 - alphas_cumprod[t]): (B, 1, 1, 1) for t (B,), or floats."""
         if isinstance(t, int):
             return self.alpha(t) ** 0.5, (1 - self.alpha(t)) ** 0.5
         alpha = self.alphas_cumprod.to(t.device)[t][:, None, None, None]  # (B,) -> (B, 1, 1, 1)
@@ -85,8 +83,8 @@ class Schedule:
     def timesteps(self, steps: int) -> list[tuple[int, int]]:
         """The steps a sampler takes, from noise to picture: pairs (t, t_prev), where it is and where it goes.
 
-        They are evenly spaced, and t_prev lies T / steps before t; behind the last step it is negative, see
-        `alpha`.
+        As in diffusers, t_prev lies T // steps before t. Behind the last step it is mostly negative; `alpha`
+        says what that means.
 
         Raises:
             InputError: the schedule does not have that many steps.

@@ -1,7 +1,5 @@
 """The table of word vectors that a text encoder begins with, and the rows of learned words behind it."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,8 +21,8 @@ class TokenEmbedding(Embedding):
     """A table of word vectors, frozen, with the rows of learned words below it.
 
     Ids of the vocabulary look a vector up in the table, ids above it in the rows of the placeholder words,
-    one word after the other. The rows are parameters of their own, in float32 whatever the table's dtype, so
-    that nothing but them can ever receive a gradient.
+    one word after the other. The rows are parameters of their own, so that the table needs no gradient, and
+    float32 whatever the table's dtype, since the steps of an optimizer are small.
 
     Attributes:
         weight: (vocab_size, D), the checkpoint's own vectors.

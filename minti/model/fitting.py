@@ -1,7 +1,5 @@
 """Bringing together learned words and text encoders, of which there are some for words of special kinds."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

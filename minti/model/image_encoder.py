@@ -2,8 +2,6 @@
 pictures. It takes no part in making them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """A short hash of a model's weights, by which runs and scores recognise the model they were made with."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

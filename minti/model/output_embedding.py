@@ -7,8 +7,6 @@ the model has one there. The other positions and SDXL's pooled text stay what th
 No gradient passes through the text encoder.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

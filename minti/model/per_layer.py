@@ -5,8 +5,6 @@ reads every prompt once for each layer, with the vectors of that layer in the pl
 layer attends to its own output. A word that has the same vectors for all layers is an ordinary word.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Placeholder words: where they stand in prompts, which ones cannot be used, and where one is cut off."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol

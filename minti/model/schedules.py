@@ -1,7 +1,5 @@
 """What differs between checkpoints in the noise schedule: the betas, and the time steps of sampling."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from ..errors import InputError

@@ -6,8 +6,6 @@ summary of the prompt and six numbers: the size of the photo, where it was cropp
 result. Either kind turns token ids into a `TextOutput`, and the rest of minti does not tell them apart.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """The parts of a Stable Diffusion put together: words to context, noise to latents, latents to pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,7 +176,7 @@ class StableDiffusion:
         Args:
             steps: how many DDIM steps to take.
             eta: 0 is deterministic, 1 has the noise of DDPM.
-            size: pixels, or (width, height), multiples of 8; by default what the model was trained on.
+            size: pixels, or (width, height), see `check_size`; by default what the model was trained on.
             sampler: another way from noise to picture than `Schedule.ddim_sample`. It is given the output of
                 `guided` and the noise x_T, (B, C, h, w) float32, and yields every x_t.
             image_prompt: pictures that unCLIP is shown beside the prompt, from `ImagePrompter.prompt`.
@@ -216,14 +214,14 @@ class StableDiffusion:
         """The UNet's output for prompts with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
         With a guidance scale w above 1 the UNet is asked twice, in one batch, with the prompt and without,
-        and eps = eps_without + w (eps_with - eps_without).
+        and eps = eps_without + w (eps_with - eps_without): their equation 6, with w - 1 for w.
 
         Args:
             prompts: one for each picture.
             times: the time steps that it will be asked at.
             size: width and height of the pictures, in pixels.
-            negative_prompt: what to steer away from, instead of from no prompt.
-            guidance_scale: 1 is the model as it is; more follows the prompt closer.
+            negative_prompt: what to steer away from, instead of from no prompt; unused at scales up to 1.
+            guidance_scale: 1 or less is the model as it is; more follows the prompt closer.
             conditions: further options of `encode_each`, such as `long_prompts`.
         """
         guided = guidance_scale > 1
@@ -233,14 +231,17 @@ class StableDiffusion:
         # All that depends on the prompts or on the time, but not on x_t.
         context_kv = self.unet.embed_context(conditioning.context)
         time_shifts = conditioning.time_shifts(self.unet, times)
+        checked = False
 
         def predict(x_t: Tensor, t: int) -> Tensor:
+            nonlocal checked
             output = self.unet.denoise(self.unet_input(x_t), time_shifts[t], context_kv)
-            if t == times[0]:
+            if not checked:  # the first output only, since a check makes a GPU wait
                 check_output(output, "UNet", self)
+                checked = True
             if not guided:
                 return output.float()
-            without, with_prompt = output.float().chunk(2)
+            without, with_prompt = output.float().chunk(2)  # (2B, C, h, w) -> (B, C, h, w) each
             return without + guidance_scale * (with_prompt - without)
 
         return predict
@@ -258,5 +259,5 @@ class StableDiffusion:
         return self.canvas.beside(x_t.to(self.dtype))
 
     def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
-        """(width, height) in pixels, filled in and checked. Raises InputError unless multiples of 8."""
+        """(width, height) in pixels, filled in. Raises InputError unless multiples of `downscale`."""
         return check_size(size, self.image_size, self.vae.config.downscale)

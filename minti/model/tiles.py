@@ -1,7 +1,5 @@
 """Decoding large latents piece by piece, in the memory of one piece."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import product
 

@@ -4,13 +4,11 @@ A prompt is cleaned and cut into words by `PATTERN`. The bytes of every word, in
 pair, in the order in which the pairs were learned (`merge`). The last symbol of a word carries the mark
 `</w>`:
 
-    "hugging a cat"  ->  "hugging</w>" "a</w>" "cat</w>"  ->  [49406, 34811, 320, 2368, 49407, 49407, ...]
+    "hugging a cat"  ->  "hugging</w>" "a</w>" "cat</w>"  ->  [49406, 27058, 320, 2368, 49407, 49407, ...]
 
 A placeholder word, such as "<toy>", is found in the cleaned prompt before any of that, and stands for ids of
 its own.
 """
-
-from __future__ import annotations
 
 import html
 import itertools

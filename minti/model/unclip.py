@@ -9,8 +9,6 @@ Noise is mixed into the embedding e, as into latents, and the UNet is told how m
 with a schedule a_n of its own, and the mean and std of such embeddings. Even the level 0 has some noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

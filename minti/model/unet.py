@@ -2,14 +2,12 @@
 
 It looks at a noisy latent picture at several resolutions. On the way down, every level is a few residual
 blocks and a halving of the resolution. The way up is the mirror image, and each of its residual blocks also
-sees what the residual block opposite has put out (the skip connections of Ronneberger et al., arXiv
+sees one of the outputs of the way down, the last one first (the skip connections of Ronneberger et al., arXiv
 1505.04597). Two things steer it: the time step t, added inside every residual block, and the prompt, which
-the transformer after each residual block attends to. What the layers make of these two does not depend on the
+the transformers after residual blocks attend to. What the layers make of these two does not depend on the
 picture, so it is computed for all layers at once (`embed_time`, `embed_context`), in sampling even for all
 steps at once.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -32,7 +30,7 @@ class UNetBlock(nn.Module):
     Args:
         resnets: (c_in, c_out) of each residual block.
         heads: attention heads of the transformers.
-        depths: for each residual block, how deep the transformer behind it is; 0: there is none.
+        depths: of the transformer behind each residual block; 0: none. Zeros come last, the others are equal.
         resample: the change of resolution at the end, if there is one.
     """
 
@@ -83,7 +81,7 @@ class UNetBlock(nn.Module):
         outputs = []
         for layer in zip_longest(self.resnets, shifts, self.attentions, kvs):
             if skips is not None:
-                x = torch.cat([x, repeat_to(skips.pop(), x)], dim=1)
+                x = torch.cat([x, repeat_to(skips.pop(), x)], dim=1)  # -> (B, c_in, H, W)
             x = checkpoint(run_layer, x, *layer, use_reentrant=False) if recompute else run_layer(x, *layer)
             outputs.append(x)
         for downsample in self.downsamplers:
@@ -132,7 +130,7 @@ class UNet(nn.Module):
             self.down_blocks.append(UNetBlock(config, resnets, heads, [depth] * layers, resample))
             skips += [c] * (layers + 1 if resample else layers)
 
-        self.mid_block = None
+        self.mid_block, (c, heads, _) = None, levels[-1]
         if config.mid_depth is not None:
             self.mid_block = UNetBlock(config, [(c, c)] * 2, heads, [config.mid_depth, 0])
 
@@ -140,7 +138,7 @@ class UNet(nn.Module):
         for i, (c_out, heads, depth) in reversed(list(enumerate(levels))):
             resnets = []
             for _ in range(layers + 1):
-                resnets.append((c + skips.pop(), c_out))
+                resnets.append((c + skips.pop(), c_out))  # c: channels of the layer before
                 c = c_out
             resample = Upsample if i > 0 else None
             self.up_blocks.append(UNetBlock(config, resnets, heads, [depth] * (layers + 1), resample))
@@ -159,7 +157,7 @@ class UNet(nn.Module):
 
         Args:
             t: (N,) time steps; N is the batch, or 1 for a whole batch, or the steps of a sampling run.
-            added: further conditions, of SDXL as `AddedEmbedding` has them, of unCLIP `ClassEmbedding`.
+            added: what `AddedEmbedding` takes in SDXL, or `ClassEmbedding` in unCLIP; None in others.
 
         Returns:
             (N, sum of shift_width): the shifts of all residual blocks, in the order of the forward pass.
@@ -198,17 +196,17 @@ class UNet(nn.Module):
         blocks = self.blocks
         shifts = time_shifts.split([block.shift_width for block in blocks], dim=-1)
         kvs = context_kv.split([block.kv_width for block in blocks], dim=-1)
-        steps, n = list(zip(blocks, shifts, kvs, strict=True)), len(self.down_blocks)
+        inputs, n = list(zip(blocks, shifts, kvs, strict=True)), len(self.down_blocks)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
 
-        x = self.conv_in(x if len(time_shifts) == 1 else repeat_to(x, context_kv))
+        x = self.conv_in(x if len(time_shifts) == 1 else repeat_to(x, context_kv))  # -> (B or 2B, C, h, w)
         skips = [x]
-        for block, shift, kv in steps[:n]:  # down
+        for block, shift, kv in inputs[:n]:  # down
             x, outputs = block(x, shift, kv, recompute=recompute)
             skips += outputs
-        for block, shift, kv in steps[n:-n]:  # the middle, if there is one
+        for block, shift, kv in inputs[n:-n]:  # the middle, if there is one
             x, _ = block(x, shift, kv, recompute=recompute)
-        for block, shift, kv in steps[-n:]:  # up
+        for block, shift, kv in inputs[-n:]:  # up
             x, _ = block(x, shift, kv, skips, recompute=recompute)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 

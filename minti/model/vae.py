@@ -1,7 +1,5 @@
 """The KL autoencoder: pictures to latents of an eighth of their sides, and back (arXiv 2112.10752, 3.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -79,9 +77,9 @@ class VAEBlock(nn.Module):
 
 def levels(channels: Sequence[int], layers: int, groups: int, resample: type[nn.Module]) -> nn.Sequential:
     """A `VAEBlock` for each level, all but the last with a change of resolution."""
-    steps = [resample] * (len(channels) - 1) + [None]
-    widths = zip((channels[0], *channels), channels, steps, strict=False)
-    return nn.Sequential(*(VAEBlock(c_in, c_out, layers, groups, step) for c_in, c_out, step in widths))
+    resamples = [resample] * (len(channels) - 1) + [None]
+    each = zip((channels[0], *channels[:-1]), channels, resamples, strict=True)
+    return nn.Sequential(*(VAEBlock(c_in, c_out, layers, groups, change) for c_in, c_out, change in each))
 
 
 class Encoder(nn.Module):
@@ -141,7 +139,7 @@ class VAE(nn.Module):
 
     def encode(self, pixels: Tensor) -> Moments:
         """(B, 3, H, W) pixels in [-1, 1] -> (B, C, h, w); H and W are multiples of `config.downscale`."""
-        mean, log_variance = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        mean, log_variance = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)  # (B, C, h, w) each
         return Moments(mean, (0.5 * log_variance.clamp(-30, 20)).exp())
 
     def decode(self, latents: Tensor) -> Tensor:

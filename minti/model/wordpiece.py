@@ -11,8 +11,6 @@ Python knows them and that package does not. The first latent diffusion model (`
 this tokenizer.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from unicodedata import category

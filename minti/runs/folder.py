@@ -1,7 +1,5 @@
 """The folder of a training run: the names of what is in it, and reading it, whatever state it is in."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

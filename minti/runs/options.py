@@ -1,7 +1,5 @@
 """The options of `python -m minti.train`, and the entries of `concepts:` in its config files."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """Previews that fail, which should not end a run."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """report.html: the results of a training run in one file that needs no network and runs no script."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

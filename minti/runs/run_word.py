@@ -1,7 +1,5 @@
 """One word of a run: how it has done so far, when it has converged, and the files it is kept in."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

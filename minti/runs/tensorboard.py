@@ -1,7 +1,5 @@
 """The log of a run for TensorBoard, with `--tensorboard`; log.csv has the same numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

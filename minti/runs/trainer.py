@@ -1,7 +1,5 @@
 """The loop around `Inversion.step`: what is logged, previewed and saved on the way."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """What a training run has come to, in plain words, and what to do next."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """From the options of a word to what is learned: photos, latents, the vectors it starts from."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

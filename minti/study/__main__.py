@@ -1,7 +1,5 @@
 """python -m minti.study RECIPE: learn a grid of words, evaluate all of them, and leave one report."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The answers of people to a questionnaire, and their mean ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape

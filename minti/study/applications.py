@@ -4,8 +4,6 @@ Styles, two words in one prompt, a fairer word, painting into a photo, and DDIM 
 the words of a study, and judged by what the classifier of the small world reads in the pictures.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """The concepts that a study learns words for."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields

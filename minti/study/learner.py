@@ -1,7 +1,5 @@
 """Learning the words of a study in batches, and keeping each as soon as it is finished."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ photos. In the second they rank pictures by their likeness to a text. Which setu
 the page: it is in the key, a file that stays in the folder of the study. `answers.py` puts both together.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -1,7 +1,5 @@
 """A recipe, spread out into everything that a study has to do."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

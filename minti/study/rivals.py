@@ -1,7 +1,5 @@
 """What the rivals of a learned word need: tuned UNets, samplers that CLIP guides, and image prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace

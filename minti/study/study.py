@@ -1,7 +1,5 @@
 """A study at work: it learns the words of a plan, makes and measures pictures, and scores them."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """What a study leaves: study.json, strips of pictures, and report.html, which needs no network or script."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """What a study comes to: means over concepts, claims put to the test, and where CLIP misleads."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

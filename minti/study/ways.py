@@ -1,7 +1,5 @@
 """Ways of making pictures of a concept: with a learned word at the guidance of the study, and its rivals."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any

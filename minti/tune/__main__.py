@@ -1,7 +1,5 @@
 """python -m minti.tune: change a model's weights for one thing, by pivotal tuning or DreamBooth."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -1,7 +1,5 @@
 """The folder of a run of tuning: pictures of the class, previews, the tuned weights, and resuming."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

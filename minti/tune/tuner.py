@@ -11,8 +11,6 @@ as "a photo of sks dog". So that the model does not forget what other dogs look 
 loss over pictures that the untuned model has made of "a photo of dog" (equation 2 there).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

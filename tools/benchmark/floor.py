@@ -4,8 +4,6 @@ Counted are the products in the UNet, the text encoder and the decoder, as torch
 tensors without memory. The speed is that of one large matrix product in the same number format.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How contenders are run: what they are given, the clock, taking turns, and processes of their own."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import json

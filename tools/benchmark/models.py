@@ -1,7 +1,5 @@
 """What is timed: checkpoints of public shape, with random weights, which take as long as real ones."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

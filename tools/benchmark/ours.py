@@ -1,7 +1,5 @@
 """minti's side: what `minti.train` and `minti.sample` do, without their files."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 import minti

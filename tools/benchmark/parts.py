@@ -1,7 +1,5 @@
 """The parts of the benchmark; each yields tables."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import importlib.util

@@ -6,8 +6,6 @@ N steps is a run of its own, since its learning rate falls to zero by the last s
 constant, so that its word after N steps is one of its words on the way.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import time

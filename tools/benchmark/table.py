@@ -1,7 +1,5 @@
 """What has been measured: one row for each contender, as markdown and as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

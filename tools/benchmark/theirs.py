@@ -6,8 +6,6 @@ table of word vectors has a gradient and is updated; all rows but the new ones a
 its advantage, is what accelerate does around all this.
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

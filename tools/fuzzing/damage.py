@@ -1,7 +1,5 @@
 """Damaging files: of their bytes, of what they contain, or of what kind of file they are."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

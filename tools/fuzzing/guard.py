@@ -1,7 +1,5 @@
 """What reading a file must not do: change the process, or write outside the output folder."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

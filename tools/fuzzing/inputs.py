@@ -1,7 +1,5 @@
 """What `fuzz.py` damages: small good files of every kind, from random numbers and `weights/tiny`."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

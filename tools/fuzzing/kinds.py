@@ -3,8 +3,6 @@
 All paths are relative to a folder that holds one folder for each kind, which is the working directory.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which attention computes: PyTorch's scaled_dot_product_attention (SDPA), or the kernel of this package."""
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 

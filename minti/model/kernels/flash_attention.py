@@ -18,8 +18,6 @@ are one factor. Matrices are read and written where they lie, by their strides. 
 constants to the compiler, which leaves out masks where blocks fit. Sums are in float32, always in one order.
 """
 
-from __future__ import annotations
-
 import math
 
 import triton

@@ -1,7 +1,5 @@
 """A step of the model as one compiled graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

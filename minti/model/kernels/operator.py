@@ -1,7 +1,5 @@
 """The kernels as operators of PyTorch: launched, differentiable, and known to torch.compile."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
