@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from .cli.command import run_command
 from .cli.options import Parser, number
@@ -125,10 +125,7 @@ def merged(files: Sequence[str], renames: Sequence[str], width: int | None) -> l
     return concepts
 
 
-def command() -> NoReturn:
-    """Run as a program."""
-    run_command("minti.concept", main)
-
+command = partial(run_command, "minti.concept", main)
 
 if __name__ == "__main__":
     command()

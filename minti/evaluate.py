@@ -3,8 +3,8 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from .cli.command import run_command
 from .cli.model_options import OF_A_MODEL, laid_over, load_model
@@ -167,10 +167,7 @@ def write_results(
     log.info("evaluation.json, plot.svg and grids are in %s", out)
 
 
-def command() -> NoReturn:
-    """Run as a program."""
-    run_command("minti.evaluate", main)
-
+command = partial(run_command, "minti.evaluate", main)
 
 if __name__ == "__main__":
     command()

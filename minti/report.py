@@ -1,8 +1,8 @@
 """python -m minti.report RUN: write `report.html` for a training run anew, from the files it has left."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from .cli.command import run_command
 from .cli.options import Parser
@@ -26,10 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(path)
 
 
-def command() -> NoReturn:
-    """Run as a program."""
-    run_command("minti.report", main)
-
+command = partial(run_command, "minti.report", main)
 
 if __name__ == "__main__":
     command()

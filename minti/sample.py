@@ -7,9 +7,10 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -277,10 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info("%s in %s (%.1f s), together in grid.png", count, out, seconds)
 
 
-def command() -> NoReturn:
-    """Run as a program."""
-    run_command("minti.sample", main)
-
+command = partial(run_command, "minti.sample", main)
 
 if __name__ == "__main__":
     command()

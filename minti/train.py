@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -141,10 +141,7 @@ def clip_learner(
     return partial(ClipInversion, text_encoder=scorer.text_encoder, targets=targets)
 
 
-def command() -> NoReturn:
-    """Run as a program."""
-    run_command("minti.train", main)
-
+command = partial(run_command, "minti.train", main)
 
 if __name__ == "__main__":
     command()

@@ -22,50 +22,7 @@ HEAD = """<!doctype html>
 <meta http-equiv=Content-Security-Policy
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{policy}">
 """
-STYLE = """
-:root { color-scheme: light; --paper: #fff; --ink: #1d2327; --soft: #5d676e; --rule: #dde1e4; --tint: #f4f6f7;
-  --data: #0072b2; --mark: #c04f00; }
-@media screen and (prefers-color-scheme: dark) { :root { color-scheme: dark; --paper: #16191c; --ink: #e4e7e9;
-  --soft: #9ba6ad; --rule: #343a3f; --tint: #1f2428; --data: #56b4e9; --mark: #f0a030; } }
-* { box-sizing: border-box; }
-body { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { margin: 0; font-size: 2.4rem; line-height: 1.15; overflow-wrap: anywhere; }
-h2 { margin: 2.8rem 0 .8rem; padding-top: .9rem; border-top: 1px solid var(--rule); font-size: 1.25rem; }
-p { max-width: 44rem; margin: .5rem 0; } .soft, figcaption { color: var(--soft); font-size: .875rem; }
-.verdict { margin: 1.1rem 0 0; font-size: 1.2rem; }
-.warn { padding-left: .8rem; border-left: 4px solid var(--mark); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem;
-  margin: 1.5rem 0 0; }
-.tiles div { padding: .7rem .8rem; border-radius: .5rem; background: var(--tint); }
-.tiles dt { color: var(--soft); font-size: .875rem; } .tiles dd { margin: 0; font-size: .875rem; }
-.tiles dd.value { font-size: 1.4rem; line-height: 1.5; white-space: nowrap; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; }
-figure { margin: 0 0 1.2rem; break-inside: avoid; } .grid figure { margin: 0; }
-figcaption b { display: block; color: var(--ink); } figcaption { margin-bottom: .3rem; }
-img { display: block; width: 100%; height: auto; border-radius: .3rem; }
-.small { image-rendering: pixelated; }
-svg { display: block; width: 100%; height: auto; font-size: 12px; }
-svg text { fill: var(--soft); } svg path { fill: none; stroke-linecap: round; stroke-linejoin: round; }
-.rule { stroke: var(--rule); } .line { stroke: var(--data); stroke-width: 1.8; }
-.dots { stroke: var(--data); stroke-width: 2.4; stroke-opacity: .4; }
-.points { stroke: var(--data); stroke-width: 5; } .level { stroke: var(--soft); stroke-dasharray: 3 5; }
-.best { fill: none; stroke: var(--mark); stroke-width: 2.2; }
-svg .bestword { fill: var(--mark); font-weight: 600; }
-pre span { white-space: nowrap; }
-pre { margin: .4rem 0 1rem; padding: .7rem .9rem; border-radius: .5rem; background: var(--tint);
-  font: .85rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; user-select: all; }
-table { border-collapse: collapse; font-size: .9rem; } tr { break-inside: avoid; }
-th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left;
-  vertical-align: top; overflow-wrap: anywhere; }
-th { color: var(--soft); font-weight: 400; white-space: nowrap; }
-td span { display: inline-block; margin-right: 1.3rem; white-space: nowrap; } td i { color: var(--soft); }
-.columns { columns: 24rem; column-gap: 2.5rem; } .columns table { width: 100%; } .columns th { width: 45%; }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } h2, h2 + p { break-after: avoid; }
-  img { width: auto; max-width: 100%; max-height: 6cm; } .columns { columns: 2; }
-  .grid { grid-template-columns: 1fr 1fr; } }
-"""
+STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 def picture(path: Path, alt: str, caption: str = "") -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
@@ -12,13 +13,7 @@ LETTER, LINE = 6.6, 14  # rough size of the letters of a label, in pixels
 
 # Colours that remain distinct with colour-blind eyes and on dark paper (Okabe and Ito 2008).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-STYLE = """
-.scatter { font: 12px system-ui, "Segoe UI", Roboto, Arial, sans-serif; --ink: #1d2327; --rule: #dde1e4;
-  background: #fff; }
-.scatter text { fill: var(--ink); } .scatter .rule { stroke: var(--rule); }
-.scatter .join { fill: none; stroke-width: 1.5; stroke-opacity: .5; } .scatter .bar { stroke-opacity: .45; }
-@media (prefers-color-scheme: dark) { .scatter { --ink: #e4e7e9; --rule: #343a3f; background: #16191c; } }
-"""
+STYLE = Path(__file__).with_name("scatter.css").read_text(encoding="utf-8")
 
 Interval = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, top, right, bottom

@@ -3,9 +3,11 @@
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +25,7 @@ from ..judge.prompts import notices
 from ..judge.ranking import closest, ranking_text
 from ..judge.scorer import Scorer
 from ..model import kernels
-from ..model.stable_diffusion import StableDiffusion
+from ..model.stable_diffusion import StableDiffusion, last
 from ..version import __version__
 from .blending import paint
 from .inverting import encode_mean, invert_photo, sample_from
@@ -162,19 +164,16 @@ class Editor:
         names = {seed: f"edit-{seed}.png" for seed in range(args.seed, args.seed + args.num_images)}
         todo = [seed for seed, name in names.items() if not (self.begun and (self.out / name).exists())]
         steps = int(args.sample_steps * args.strength)
-        progress = Progress(-(-len(todo) // args.batch_size) * steps, "step")
         keys = ("strength", "fixed_noise", "dilate")
         how = {"steps": args.sample_steps, **self.how, **{key: getattr(args, key) for key in keys}}
-        try:
+        with closing(Progress(-(-len(todo) // args.batch_size) * steps, "step")) as progress:
             for first in range(0, len(todo), args.batch_size):
                 seeds = todo[first : first + args.batch_size]
                 way = paint(sd, pixels, cells, args.prompt, seeds, **how)
-                images = sd.decode_latents(last(way, progress))
+                images = sd.decode_latents(last(way, progress.step))
                 for seed, image in zip(seeds, images, strict=True):
                     edited = region.put_back(self.photo, image, opaque)
                     self.write(names[seed], edited, {"prompt": args.prompt, "seed": str(seed)})
-        finally:
-            progress.close()
         edits = {name: open_image(self.out / name) for name in names.values()}
         if args.clip:
             scores = {
@@ -192,19 +191,16 @@ class Editor:
         region = whole(self.photo.size, sd.image_size, sd.vae.config.downscale)
         pixels = region.cut(self.photo)
         z0 = encode_mean(sd, pixels)
-        progress = Progress(4 * args.sample_steps - (args.inversion == "authors"), "step")
         how = {"steps": args.sample_steps, "negative_prompt": args.negative_prompt}
         back = {"at_current": args.inversion == "authors", "guidance_scale": args.inverse_guidance}
-        try:
-            x_T = last(invert_photo(sd, z0, args.source_prompt, **how, **back), progress)
+        with closing(Progress(4 * args.sample_steps - (args.inversion == "authors"), "step")) as progress:
+            x_T = last(invert_photo(sd, z0, args.source_prompt, **how, **back), progress.step)
             ways = [(args.source_prompt, 1.0), (args.source_prompt, args.guidance_scale)]
             ways.append((args.prompt, args.guidance_scale))
             latents = []
             for prompt, guidance in ways:
                 way = sample_from(sd, x_T, prompt, guidance_scale=guidance, **how)
-                latents.append(last(way, progress))
-        finally:
-            progress.close()
+                latents.append(last(way, progress.step))
         images = [sd.decode_latents(z)[0] for z in latents]
         alone = psnr(pixels, as_tensor(sd.decode_latents(z0)[0]))
         for (_, guidance), z, image in zip(ways[:2], latents, images, strict=False):
@@ -214,14 +210,6 @@ class Editor:
         for name, (prompt, guidance), image in zip(INVERTED, ways, images, strict=True):
             self.write(name, image, {"prompt": prompt, "guidance_scale": str(guidance)})
         self.write_grid([self.photo, *images])
-
-
-def last(way: Iterator[torch.Tensor], progress: Progress) -> torch.Tensor:
-    """The last of the latents that a sampler goes through."""
-    for x_t in way:
-        latents = x_t
-        progress.step()
-    return latents
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -243,10 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info("%s: together in grid.png", args.out)
 
 
-def command() -> NoReturn:
-    """Run as a program."""
-    run_command("minti.edit", main)
-
+command = partial(run_command, "minti.edit", main)
 
 if __name__ == "__main__":
     command()

@@ -66,22 +66,16 @@ def invert_photo(
         steps, at_current: see `invert`.
         options: `guidance_scale` and others of `StableDiffusion.denoise`.
     """
-
-    def sampler(predict: Predict, _: Tensor) -> Iterator[Tensor]:
-        return invert(sd.schedule, predict, z0, steps, at_current=at_current)
-
-    yield from sd.denoise([prompt], [0], steps=steps, size=pixels_of(sd, z0), sampler=sampler, **options)
+    options["sampler"] = lambda predict, _: invert(sd.schedule, predict, z0, steps, at_current=at_current)
+    return sd.denoise([prompt], [0], steps=steps, size=pixels_of(sd, z0), **options)
 
 
 def sample_from(
     sd: StableDiffusion, x_T: Tensor, prompt: str, *, steps: int, **options: Any
 ) -> Iterator[Tensor]:
     """Back from an x_T, (1, C, h, w), to the latents of a picture that a prompt describes."""
-
-    def sampler(predict: Predict, _: Tensor) -> Iterator[Tensor]:
-        return sd.schedule.ddim_sample(predict, x_T, steps)
-
-    yield from sd.denoise([prompt], [0], steps=steps, size=pixels_of(sd, x_T), sampler=sampler, **options)
+    options["sampler"] = lambda predict, _: sd.schedule.ddim_sample(predict, x_T, steps)
+    return sd.denoise([prompt], [0], steps=steps, size=pixels_of(sd, x_T), **options)
 
 
 def pixels_of(sd: StableDiffusion, latents: Tensor) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -170,12 +171,11 @@ def make_all(
     todo = list({job.name: job for job in jobs if store.load(job) is None}.values())
     log.info("To make: %s", cost(todo))
     mine = processes.share(todo)
-    progress = Progress(sum(job.steps for job in mine), "sampling step", estimate_after=first_batch)
-    try:
+    with closing(
+        Progress(sum(job.steps for job in mine), "sampling step", estimate_after=first_batch)
+    ) as progress:
         for job in mine:
             job.measure(measure, store, progress.step)
-    finally:
-        progress.close()
     processes.wait()
 
 
@@ -209,9 +209,8 @@ class PictureStore:
                 found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (InputError, OSError, SafetensorError):
             return None
-        # Earlier versions wrote no hash.
-        known = (job.inputs, job.inputs | {"hash": _hash(found)})
-        return found if metadata.get("inputs") in [json.dumps(k, sort_keys=True) for k in known] else None
+        known = json.dumps(job.inputs | {"hash": _hash(found)}, sort_keys=True)
+        return found if metadata.get("inputs") == known else None
 
     def save(
         self, job: PictureJob, measurements: Mapping[str, Tensor], images: Sequence[Image.Image]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -14,20 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..formats.checkpoint import check_exists
-from ..formats.clip_checkpoint import Preprocess, load_clip
-from ..model.clip import CLIPTextModel
-from ..model.image_encoder import CLIPVisionModel
-from ..model.tokenizer import Tokenizer
+from ..formats.clip_checkpoint import ClipParts, load_clip
 
 
-@dataclass
-class Scorer:
+class Scorer(ClipParts):
     """A CLIP that judges pictures. It computes in float32."""
-
-    text_encoder: CLIPTextModel
-    image_encoder: CLIPVisionModel
-    tokenizer: Tokenizer
-    preprocess: Preprocess
 
     @classmethod
     def load(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tokenizer import Tokenizer
+from .tokenizer import PROMPT_LENGTH, Tokenizer
 from .unet import UNet
 
 
@@ -52,7 +52,7 @@ def encode_parts(tokenizer: Tokenizer, prompt: str, in_parts: bool = True) -> Te
     """
     if not in_parts:
         return tokenizer(prompt)
-    comma, room = tokenizer.encode(",")[-1], tokenizer.max_length - 2
+    comma, room = tokenizer.encode(",")[-1], PROMPT_LENGTH - 2
     parts, ids, behind_comma = [], [], 0
     for word, word_ids in tokenizer.pieces(prompt):
         for more in [word_ids] if word in tokenizer.placeholders else [[i] for i in word_ids]:

@@ -153,10 +153,7 @@ class StableDiffusion:
         check_number("batch_size", batch_size, int, 1)
         for i in range(0, len(each), batch_size):
             prompts, seeds = zip(*each[i : i + batch_size], strict=True)
-            for x_t in self.denoise(prompts, seeds, **options):
-                latents = x_t
-                on_step()
-            yield from self.decode_latents(latents)
+            yield from self.decode_latents(last(self.denoise(prompts, seeds, **options), on_step))
 
     @torch.no_grad()
     def denoise(
@@ -261,3 +258,11 @@ class StableDiffusion:
     def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """(width, height) in pixels, filled in. Raises InputError unless multiples of `downscale`."""
         return check_size(size, self.image_size, self.vae.config.downscale)
+
+
+def last(way: Iterator[Tensor], on_step: Callable[[], None]) -> Tensor:
+    """The last of the latents, (B, C, h, w), that a sampler goes through; `on_step` is called after each."""
+    for x_t in way:
+        latents = x_t
+        on_step()
+    return latents

@@ -82,7 +82,6 @@ class Tokenizer:
         vocab: symbol -> id.
         merges: the learned pairs, the first learned first.
         pad: the token that fills up short prompts; SD 1.x uses the end token, SD 2.x "!" (id 0).
-        max_length: ids per prompt.
         source: where the vocabulary came from, for messages.
 
     Attributes:
@@ -98,11 +97,10 @@ class Tokenizer:
         vocab: dict[str, int],
         merges: Sequence[tuple[str, str]],
         pad: str = END,
-        max_length: int = PROMPT_LENGTH,
         source: str = "tokenizer",
     ) -> None:
         check_vocabulary(vocab, (self.start, self.end, pad), source, self.kind)
-        self.vocab, self.max_length = vocab, max_length
+        self.vocab = vocab
         self.start_id, self.end_id, self.pad_id = vocab[self.start], vocab[self.end], vocab[pad]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.symbols = byte_symbols()
@@ -175,7 +173,7 @@ class Tokenizer:
         return torch.stack([self._prompt_ids(prompt) for prompt in prompts])
 
     def _encode_prompt(self, prompt: str) -> Tensor:
-        pieces, room = list(self.pieces(prompt)), self.max_length - 2
+        pieces, room = list(self.pieces(prompt)), PROMPT_LENGTH - 2
         ids = [i for _, ids in pieces for i in ids]
         if len(ids) > room:
             check_cut(prompt, pieces, room, self.placeholders)
@@ -184,4 +182,4 @@ class Tokenizer:
     def frame(self, ids: Sequence[int]) -> Tensor:
         """The row of 77 ids for up to 75 ids of words."""
         ids = [self.start_id, *ids, self.end_id]
-        return torch.tensor(ids + [self.pad_id] * (self.max_length - len(ids)))
+        return torch.tensor(ids + [self.pad_id] * (PROMPT_LENGTH - len(ids)))

@@ -18,7 +18,7 @@ from unicodedata import category
 import regex
 
 from .placeholders import check_vocabulary
-from .tokenizer import PROMPT_LENGTH, Tokenizer, clean
+from .tokenizer import Tokenizer, clean
 
 PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIAL = regex.compile("(" + "|".join(map(regex.escape, (PAD, UNKNOWN, START, END, MASK))) + ")")
@@ -73,7 +73,6 @@ class WordPieceTokenizer(Tokenizer):
 
     Args:
         vocab: piece -> id.
-        max_length: ids per prompt, with [CLS] and [SEP]; shorter prompts are filled up with [PAD].
         source: where the vocabulary came from, for messages.
 
     Raises:
@@ -82,10 +81,8 @@ class WordPieceTokenizer(Tokenizer):
 
     kind, start, end = "BERT", START, END
 
-    def __init__(
-        self, vocab: dict[str, int], max_length: int = PROMPT_LENGTH, source: str = "tokenizer"
-    ) -> None:
-        super().__init__(vocab, merges=(), pad=PAD, max_length=max_length, source=source)
+    def __init__(self, vocab: dict[str, int], source: str = "tokenizer") -> None:
+        super().__init__(vocab, merges=(), pad=PAD, source=source)
         check_vocabulary(vocab, [UNKNOWN], source, self.kind)
         self.unknown_id = vocab[UNKNOWN]
 

@@ -1,6 +1,5 @@
 """The loop around `Inversion.step`: what is logged, previewed and saved on the way."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from ..cli.images import encode_png, image_grid
 from ..cli.processes import Processes
 from ..cli.progress import Progress, peak_memory
 from ..errors import InputError
@@ -26,15 +24,13 @@ from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
 from ..version import __version__
 from .folder import COLUMNS, STATE
-from .previews import previewing
+from .previews import Previews
 from .report import nearest_words, write_report
 from .run_word import RunWord, Watching, check_watching
 from .stop import Stop
 from .tensorboard import open_boards
 
 log = logging.getLogger(__name__)
-
-PREVIEWS = 4  # pictures of each prompt
 
 
 class Trainer:
@@ -94,7 +90,10 @@ class Trainer:
         )
         self._inits = [word.word.init.to(sd.device) for word in words]
         self._pending: list[tuple[list[float], Tensor]] = []  # steps that are not logged yet; see `_measure`
-        self._previews = bool(watching.sample_every) and processes.rank == 0
+        # With guidance the UNet sees every picture twice; without gradients that takes less memory than a
+        # step of training with the same batch.
+        how = {"batch_size": settings.batch_size * len(words), "steps": watching.sample_steps, "size": size}
+        self._previews = Previews(sd, bool(watching.sample_every) and processes.rank == 0, **how)
         self._boards = open_boards(out, words) if watching.tensorboard and processes.rank == 0 else []
         dtype, model = str(sd.dtype).removeprefix("torch."), model_hash(sd.text_encoder, sd.unet, sd.vae)
         self._metadata = {
@@ -243,30 +242,12 @@ class Trainer:
         self._pending.clear()
 
     def _preview(self, words: Sequence[RunWord]) -> None:
-        """Make pictures of words in each of the prompts, always with the same seeds.
-
-        If that fails, there is one warning, and no more previews.
-        """
-        if not self._previews:
-            return
-        step, batch = self.inversion.step_count, self.settings.batch_size * len(self.words)
-        try:
-            with previewing(step, self._stop_previews):
-                self.sd.vae.to(self.sd.device)
-                for word in words:
-                    prompts = [text.replace("{}", word.word.placeholder) for text in self.watching.prompts]
-                    how = {"steps": self.watching.sample_steps, "num_images": PREVIEWS, "size": self.size}
-                    # With guidance the UNet sees every picture twice; without gradients that takes less
-                    # memory than a step of training with the same batch.
-                    images = self.sd.sample(prompts, batch_size=batch, **how)
-                    shown = [text.replace("{}", word.placeholder) for text in self.watching.prompts]
-                    content = encode_png(image_grid(images, PREVIEWS), {"prompts": json.dumps(shown)})
-                    write_atomically(word.folder / "samples" / f"step-{step:06d}.png", content)
-        finally:
-            self.sd.vae.to("cpu")
-
-    def _stop_previews(self) -> None:
-        self._previews = False
+        """Make pictures of words in each of the prompts."""
+        for word in words:
+            names = (word.word.placeholder, word.placeholder)
+            prompts, shown = ([text.replace("{}", name) for text in self.watching.prompts] for name in names)
+            self._previews.make(word.folder, self.inversion.step_count, prompts, shown)
+        self.sd.vae.to("cpu")
 
     def save(self, *, resumable: bool = True) -> None:
         """Write words, logs and, last, the state from which `resume` continues; then the reports."""

@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..cli.command import run_command
 from ..cli.model_options import laid_over, load_model
@@ -154,10 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     print(f"{claim['verdict']}: {claim['says']} ({claim_numbers(claim, claim['score'])})")
 
 
-def command() -> NoReturn:
-    """Run as a program."""
-    run_command("minti.study", main)
-
+command = partial(run_command, "minti.study", main)
 
 if __name__ == "__main__":
     command()

@@ -23,7 +23,7 @@ from ..edit.region import as_tensor, whole
 from ..formats.photos import load_photos
 from ..judge.picture_jobs import Measure, OnStep, PictureJob, PictureStore, Protocol, file_name
 from ..judge.prompts import PromptList, fill
-from ..model.stable_diffusion import StableDiffusion
+from ..model.stable_diffusion import StableDiffusion, last
 from .classifier import Facts, Judge
 from .concepts import ConceptSpec
 
@@ -187,12 +187,9 @@ class Applications:
                 for first in range(0, p.num_images, p.batch_size):
                     seeds = [p.seed + i for i in range(first, min(first + p.batch_size, p.num_images))]
                     how = {"steps": p.steps, "guidance_scale": p.guidance_scale}
-                    for x_t in paint(self.sd, region.cut(photo), region.cut_mask(mask), prompt, seeds, **how):
-                        latents = x_t
-                        on_step()
-                    edited += [
-                        region.put_back(photo, image, mask) for image in self.sd.decode_latents(latents)
-                    ]
+                    way = paint(self.sd, region.cut(photo), region.cut_mask(mask), prompt, seeds, **how)
+                    images = self.sd.decode_latents(last(way, on_step))
+                    edited += [region.put_back(photo, image, mask) for image in images]
                 return edited
 
             def measure(images: Sequence[Image.Image], photo=photo, mask=mask) -> dict[str, Tensor]:
@@ -221,17 +218,11 @@ class Applications:
             def make(guidance: float, on_step: OnStep, concept=concept, word=word) -> list[Image.Image]:
                 edited, steps = [], self.protocol.steps
                 for i in range(min(self.protocol.num_images, len(load_photos(concept.images)))):
-                    x = encode_mean(self.sd, as_tensor(self._photo(concept, i)))
-                    for x_t in invert_photo(
-                        self.sd, x, f"a photo of {word}", steps=steps, guidance_scale=1.0
-                    ):
-                        x = x_t
-                        on_step()
-                    prompt = f"a photo of {word} {PLACE}"
-                    for x_t in sample_from(self.sd, x, prompt, steps=steps, guidance_scale=guidance):
-                        x = x_t
-                        on_step()
-                    edited += self.sd.decode_latents(x)
+                    x, prompt = encode_mean(self.sd, as_tensor(self._photo(concept, i))), f"a photo of {word}"
+                    way = invert_photo(self.sd, x, prompt, steps=steps, guidance_scale=1.0)
+                    x, prompt = last(way, on_step), f"{prompt} {PLACE}"
+                    way = sample_from(self.sd, x, prompt, steps=steps, guidance_scale=guidance)
+                    edited += self.sd.decode_latents(last(way, on_step))
                 return edited
 
             def read(found: Mapping[str, Tensor], concept=concept, place=place) -> dict[str, Tensor]:

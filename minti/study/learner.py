@@ -4,14 +4,12 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from ..errors import InputError
 from ..formats.atomic import write_atomically
 from ..formats.concept import Concept
 from ..formats.photos import load_photos
-from ..formats.reading import check_regular
 from ..formats.views import make_views
 from ..inversion.batches import Word
 from ..inversion.clip_objective import ClipInversion, ClipTarget, check_same_encoder
@@ -22,6 +20,7 @@ from ..inversion.start import initial_rows
 from ..inversion.templates import load_templates
 from ..judge.scorer import Scorer
 from ..model.stable_diffusion import StableDiffusion
+from ..runs.folder import read_state
 from .variants import Group, Variant
 
 log = logging.getLogger(__name__)
@@ -59,11 +58,7 @@ class Learner:
         """How many steps are still to be taken."""
         if self.is_done(group):
             return 0
-        try:
-            with safe_open(check_regular(self._state(group)), framework="pt") as file:
-                return group.settings.steps - int(file.get_tensor("step"))
-        except (InputError, OSError, SafetensorError):
-            return group.settings.steps
+        return group.settings.steps - int(read_state(self._state(group)).get("step", 0))
 
     def _state(self, group: Group) -> Path:
         return self.folder / "learning" / f"{group.key}.safetensors"
@@ -119,12 +114,11 @@ class Learner:
             words.append(self._word(word, f"<{word.concept.name}-{self._count}>"))
         inversion = self._inversion(words, group)
         state = self._state(group)
-        if state.exists():
+        if saved := read_state(state):
             try:
-                inversion.load_state_dict(load_file(check_regular(state)))
-            except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-                text = " ".join(str(error).split())[:100]
-                raise InputError(f"{state}: is damaged ({text}); remove it") from None
+                inversion.load_state_dict(saved)
+            except InputError as error:
+                raise InputError(f"{state}: {error}; remove it") from None
         try:
             while inversion.step_count < group.settings.steps:
                 inversion.step()

@@ -1,7 +1,7 @@
 """What the rivals of a learned word need: tuned UNets, samplers that CLIP guides, and image prompts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -79,14 +79,11 @@ class Rivals:
         todo = {self._path(r): (r, word) for r, word in asked if r.way.tune and not self._path(r).exists()}
         mine = processes.share(list(todo.items()))
         steps = sum(request.way.tune_steps for _, (request, _) in mine)
-        progress = Progress(steps, "tuning step", estimate_after=10)
-        try:
+        with closing(Progress(steps, "tuning step", estimate_after=10)) as progress:
             for path, (request, word) in mine:
                 with self._restored():
                     weights = self._tuned(request, word, progress.step)
                 write_atomically(path, save(weights))
-        finally:
-            progress.close()
         processes.wait()
 
     def _path(self, request: Request) -> Path:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -100,13 +101,10 @@ class Study:
         log.info(text, words, len(groups), steps, pictures, self.plan.protocol.steps)
         mine = processes.share([group for group in groups if not self.learner.is_done(group)])
         steps = sum(self.learner.steps_left(group) for group in mine)
-        progress = Progress(steps, "step", estimate_after=10)
-        try:
+        with closing(Progress(steps, "step", estimate_after=10)) as progress:
             for i, group in enumerate(mine, 1):
                 note = f"batch {i} of {len(mine)}: {len(group.words)} words"
                 self.learner.learn(group, partial(progress.step, note))
-        finally:
-            progress.close()
         processes.wait()
 
     def _groups(self, together: int, world: int) -> list[Group]:

@@ -21,16 +21,7 @@ from .recipe import StudyPlan
 from .summary import Outcome, claim_numbers, disagreements, rank_correlation
 
 STRIP = 4, 8  # pictures in a strip: of the prompt for reconstruction, and of others
-WIDE = """
-body { max-width: 76rem; } .scroll { overflow-x: auto; } .scores td, .scores th { padding-right: .9rem; }
-.scores thead th { vertical-align: bottom; white-space: normal; overflow-wrap: normal; }
-.scores td { white-space: nowrap; }
-.scores small { color: var(--soft); } .plot { max-width: 56rem; } .plot svg text { fill: var(--ink); }
-.plot svg .bar { stroke-width: 1; } .holds { color: #009e73; } .fails { color: var(--mark); }
-.strips { width: 100%; table-layout: fixed; } .strips th { width: 11rem; white-space: normal; }
-.strips td { padding-right: 0; }
-.strips figure { margin: 0; }
-"""
+WIDE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 COLUMNS = (
     ("clip_i", "CLIP-I, reconstruction"),
     ("clip_t", "CLIP-T, editability"),

@@ -5,8 +5,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -206,10 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info("to use it: python -m minti.sample --checkpoint %s %s ...", args.checkpoint, flags)
 
 
-def command() -> NoReturn:
-    """Run as a program."""
-    run_command("minti.tune", main)
-
+command = partial(run_command, "minti.tune", main)
 
 if __name__ == "__main__":
     command()

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..cli.images import encode_png, image_grid
+from ..cli.images import encode_png
 from ..cli.progress import Progress, peak_memory
 from ..errors import InputError
 from ..formats.atomic import replacing, write_atomically
@@ -20,14 +21,13 @@ from ..formats.photos import Photo
 from ..formats.reading import check_regular
 from ..model.stable_diffusion import StableDiffusion
 from ..runs.folder import STATE
-from ..runs.previews import previewing
+from ..runs.previews import PREVIEWS, Previews
 from ..runs.stop import Stop
 from .tuner import Tuner
 
 log = logging.getLogger(__name__)
 
 COLUMNS = "step,loss,prior_loss,grad_norm,seconds"  # of log.csv
-PREVIEWS = 4  # pictures of each prompt
 
 
 def make_class_pictures(sd: StableDiffusion, args: argparse.Namespace, folder: Path) -> list[Photo]:
@@ -38,17 +38,14 @@ def make_class_pictures(sd: StableDiffusion, args: argparse.Namespace, folder: P
     paths = [folder / f"{i:04d}.png" for i in range(args.class_images)]
     batches = [range(len(paths))[i : i + PREVIEWS] for i in range(0, len(paths), PREVIEWS)]
     todo = [batch for batch in batches if not all(paths[i].exists() for i in batch)]
-    progress = Progress(len(todo) * args.sample_steps, "sampling step")
-    on_step = partial(progress.step, "pictures of the class")
     how = {"steps": args.sample_steps, "guidance_scale": args.guidance_scale, "size": args.size}
-    try:
+    with closing(Progress(len(todo) * args.sample_steps, "sampling step")) as progress:
+        on_step = partial(progress.step, "pictures of the class")
         for batch in todo:
             each = [(args.class_prompt, args.seed + i) for i in batch]
             images = sd.sample_each(each, batch_size=PREVIEWS, on_step=on_step, **how)
             for i, image in zip(batch, images, strict=True):
                 write_atomically(paths[i], encode_png(image, {"prompt": args.class_prompt}))
-    finally:
-        progress.close()
     return [Photo(path) for path in paths]
 
 
@@ -78,7 +75,8 @@ class Run:
     ) -> None:
         self.args, self.tuner, self.checks, self.notes = args, tuner, checks, notes
         self.out, self.lines = Path(args.out), [COLUMNS]
-        self._previews = bool(args.sample_every)
+        how = {"steps": args.sample_steps, "guidance_scale": args.guidance_scale, "size": args.size}
+        self._previews = Previews(tuner.sd, bool(args.sample_every), **how)
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a saved state. Raises InputError if it is damaged or of something else."""
@@ -96,10 +94,9 @@ class Run:
     def train(self, stop: Stop, prompts: Sequence[str]) -> bool:
         """Take all steps that are left. False if it was asked to stop before. Raises Diverged."""
         tuner, args = self.tuner, self.args
-        progress = Progress(args.steps, "step", tuner.step_count, estimate_after=5)
-        if not tuner.step_count:
-            self.preview(prompts)
-        try:
+        with closing(Progress(args.steps, "step", tuner.step_count, estimate_after=5)) as progress:
+            if not tuner.step_count:
+                self._previews.make(self.out, tuner.step_count, prompts)
             while tuner.step_count < args.steps and not stop.asked:
                 start = time.monotonic()
                 loss, prior, norm = tuner.step()
@@ -110,27 +107,8 @@ class Run:
                 if last or stop.asked or done % args.save_every == 0:
                     self.save()
                 if args.sample_every and (last or done % args.sample_every == 0) and not stop.asked:
-                    self.preview(prompts)
-        finally:
-            progress.close()
+                    self._previews.make(self.out, tuner.step_count, prompts)
         return tuner.step_count >= args.steps
-
-    def preview(self, prompts: Sequence[str]) -> None:
-        """Make pictures of each of the prompts, always with the same seeds.
-
-        If that fails, there is one warning, and no more previews.
-        """
-        if not self._previews:
-            return
-        with previewing(self.tuner.step_count, self._stop_previews):
-            how = {"steps": self.args.sample_steps, "guidance_scale": self.args.guidance_scale}
-            images = self.tuner.sd.sample(prompts, num_images=PREVIEWS, size=self.args.size, **how)
-            path = self.out / "samples" / f"step-{self.tuner.step_count:06d}.png"
-            text = {"prompts": json.dumps(list(prompts))}
-            write_atomically(path, encode_png(image_grid(images, PREVIEWS), text))
-
-    def _stop_previews(self) -> None:
-        self._previews = False
 
     def save(self) -> None:
         """Write the tuned weights, the log, and last the state from which `resume` continues."""
