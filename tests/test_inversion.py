@@ -1110,6 +1110,10 @@ def test_learn_one_word_after_the_other(load: Callable, photos: Path) -> None:
         ({"templates": "objekt"}, InputError, "templates 'objekt'"),
         ({"placeholder": " "}, InputError, "placeholder ' ' is empty"),
         ({"lr_schedule": "linear"}, InputError, "lr_schedule 'linear'"),
+        ({"objective": "clip"}, InputError, "objective: minti.learn learns with diffusion only"),
+        ({"max_norm": -1}, InputError, "max_norm = -1: should be a number of at least 0"),
+        ({"betas": (0.9, 1.0)}, InputError, "betas = 1.0: should be a number"),
+        ({"progressive": (-5,)}, InputError, "progressive = -5: should be an integer of at least 1"),
         ({"step": 3}, TypeError, "step"),
     ],
 )

@@ -266,6 +266,10 @@ def test_a_weight_that_is_not_a_number(models):
     sd.vae.decoder.conv_out.register_forward_hook(lambda module, args, output: output * float("inf"))
     with pytest.raises(InputError, match="the autoencoder overflows in float32"):
         sd.sample("a cat", steps=1)
+    hook = sd.unet.conv_out.register_forward_hook(lambda module, args, output: output * float("inf"))
+    with pytest.raises(InputError, match="the UNet overflows in float32"):  # also where sampling begins late
+        sd.sample("a cat", steps=4, sampler=lambda predict, x_T: iter([predict(x_T, 251)]))
+    hook.remove()
     sd.unet.conv_out.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(InputError, match=r"unet conv_out.weight holds NaN or infinity as float32"):
         sd.sample("a cat", steps=2)
