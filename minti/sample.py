@@ -221,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     opts = options()
     shows_pictures = bool(opts.parse(argv, required=[]).image_prompt)
     args = opts.parse(argv, required=["checkpoint", *([] if shows_pictures else ["prompt"]), "out"])
+    opts.refuse_idle(args, {"strength": "init_image", "noise_level": "image_prompt"})
     args.prompt = args.prompt or [""]
     if len(args.prompt) * args.num_images * args.rank_by_clip > MOST_PICTURES:
         raise InputError(f"more than {MOST_PICTURES:,} pictures; lower --num-images or --rank-by-clip")

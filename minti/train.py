@@ -5,7 +5,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +27,7 @@ from .runs.folder import STATE, read_state, run_folder
 from .runs.options import (
     learning_settings,
     options,
-    read_saved,
-    refuse_lost_start,
+    parse_run,
     watching_settings,
     word_specs,
 )
@@ -44,17 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, learn, and leave a report. Without arguments, the recipe `tiny`."""
     opts = options()
     argv = (sys.argv[1:] if argv is None else argv) or ["--config", "tiny"]
-    args = opts.parse(argv, required=["out"])
-    if args.resume and (Path(args.out) / "config.yaml").exists():
-        args = opts.parse(argv, required=["out"], base=read_saved(opts, Path(args.out) / "config.yaml"))
+    args = parse_run(opts, argv)
     if args.checkpoint is None:
         raise InputError("--checkpoint must be given; see --help")
     specs = word_specs(opts, vars(args))
     processes = Processes.from_environment()
     active = processes.rank == 0
     with run_folder(args.out, vars(args), opts.defaults, resume=args.resume, active=active) as folder:
-        if not folder.check(resume=args.resume, overwrite=args.overwrite):
-            refuse_lost_start(folder.path, specs)
+        folder.check(resume=args.resume, overwrite=args.overwrite)
         with processes.joined(), Stop() as stop:
             done = learn_words(args, specs, folder, processes, stop)
     if not done:

@@ -757,7 +757,7 @@ def test_what_is_not_there_is_named(base: Path, tmp_path: Path) -> None:
     """And not what would have been asked for next."""
     with pytest.raises(InputError, match="/none: does not exist"):
         main([*arguments(base, tmp_path / "out"), *word(base), "--checkpoint", str(tmp_path / "none")])
-    with pytest.raises(InputError, match="no learned word in it; give the folder of a run, or a file"):
+    with pytest.raises(InputError, match="no learned word in it; give the folder of a run with one"):
         main(["--concept", str(tmp_path)])
 
 

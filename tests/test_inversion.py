@@ -30,6 +30,7 @@ from minti.inversion.optimizers import DirectionDescent
 from minti.inversion.prompt_variants import photo_word
 from minti.inversion.start import initial_rows
 from minti.inversion.templates import CONTEXT, OBJECT
+from minti.model.fitting import SPECIAL
 
 from .oracles import pipeline, save_folder
 
@@ -1127,6 +1128,10 @@ def test_learn_with_what_cannot_be(
         minti.learn(sd, **arguments)
     assert message in str(caught.value)
     assert not sd.tokenizer.placeholders
+    for special in ("per_layer", "output_embedding"):  # nor was it made ready for words of another kind
+        with pytest.raises(error):
+            minti.learn(sd, **arguments, **{special: True})
+        assert not isinstance(sd.text_encoder, SPECIAL)
 
 
 def test_seeds_give_different_words_from_the_same_photos(load: Callable, photos: Path) -> None:
@@ -1186,6 +1191,13 @@ def test_learn_from_files_and_pictures(load: Callable, photos: Path) -> None:
     from_files = minti.learn(load(), files, **options)
     from_pictures = minti.learn(load(), [Image.open(path) for path in files], **options)
     assert torch.equal(from_files.vectors, from_pictures.vectors)
+    exif, clear = Image.Exif(), Image.open(files[0]).convert("RGBA")
+    exif[0x0112] = 6  # turned, and half of it transparent
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    clear.save(photos / "clear.png", exif=exif)
+    pair = ([photos / "clear.png"], [Image.open(photos / "clear.png")])
+    from_file, from_picture = (minti.learn(load(), images, **options) for images in pair)
+    assert torch.equal(from_file.vectors, from_picture.vectors)
     with pytest.raises(InputError, match="images is empty"):
         minti.learn(load(), [], **options)
     with pytest.raises(InputError, match="ndarray is neither a path nor a picture"):

@@ -235,6 +235,12 @@ def test_other_settings_are_refused_or_replace_everything(folder: Path, tmp_path
         with pytest.raises(InputError, match=f"{change}; .*--overwrite"):
             sample(folder, out, *argv)
         assert snapshot(out) == before
+    own = str(out / "cat-0.png")
+    with pytest.raises(InputError, match=r"cat-0\.png: is in --out, which is to be replaced"):
+        sample(folder, out, "--prompt", "dog", "--init-image", own, "--overwrite")
+    with pytest.raises(InputError, match="--strength has no effect without --init-image; leave it out"):
+        sample(folder, out, "--prompt", "dog", "--strength", "0.5", "--overwrite")
+    assert snapshot(out) == before
     (out / "mine.txt").write_text("kept")
     sample(folder, out, "--prompt", "dog", "--num-images", "1", "--overwrite")
     assert names(out) == ["config.yaml", "dog-0.png", "grid.png", "mine.txt"]

@@ -260,6 +260,23 @@ def test_every_step_is_yielded(models):
     assert [i.tobytes() for i in images] == [i.tobytes() for i in sd.decode_latents(steps[-1])]
 
 
+@pytest.mark.parametrize(
+    "vectors",
+    [torch.ones(32), torch.ones(0, 32), torch.ones(80, 32), [[1.0] * 32], torch.full((1, 32), torch.nan)],
+)
+def test_vectors_that_are_no_word(vectors, models):
+    sd = copy.deepcopy(models()[0])
+    with pytest.raises(InputError, match=r"'<toy>': (its vectors should be|has vectors that are not finite)"):
+        sd.add_concept(Concept("<toy>", vectors))
+    assert not sd.tokenizer.placeholders
+
+
+def test_seeds_of_numpy(models):
+    sd = models()[0]
+    first, second = (sd.sample("the cat", steps=1, seed=seed)[0] for seed in (3, np.int64(3)))
+    assert first.tobytes() == second.tobytes()
+
+
 def test_a_weight_that_is_not_a_number(models):
     """Found where it does harm, and named; a model that merely overflows is told apart."""
     sd = copy.deepcopy(models()[0])

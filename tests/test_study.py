@@ -65,6 +65,10 @@ def test_progressive_is_a_list_by_itself() -> None:
     (one,) = expand({"p": {"progressive": [10, 20]}}, {})
     assert make_variant(one, concept()).settings.progressive == (10, 20)
     assert make_variant(one, concept()).num_vectors == 3
+    (late,) = expand({"p": {"progressive": [10, 20], "steps": 15}}, {})
+    with pytest.raises(InputError, match="'p' ends before step 20 of progressive; give more steps"):
+        make_variant(late, concept())
+
     setups = expand({"p": {"progressive": [[10], [10, 20]]}}, {})
     assert [setup.name for setup in setups] == ["p, progressive 10", "p, progressive 10-20"]
 

@@ -682,6 +682,16 @@ def write_config(tmp_path: Path, concepts: object, **common: object) -> str:
     return str(tmp_path / "words.yaml")
 
 
+def test_flags_that_every_word_overrules(
+    run: Callable, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [{"name": n, "placeholder": f"<{n}>", "images": str(base / "others")} for n in "ab"]
+    run("--config", write_config(tmp_path, words), "--steps", "1")
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    has_no_effect = "has no effect: every entry of concepts in the config has its own"
+    assert warned == [f"--images {has_no_effect}", f"--placeholder {has_no_effect}"]  # but --init-word has
+
+
 def test_several_words(run: Callable, base: Path, tmp_path: Path) -> None:
     """A folder for each, with the vectors of separate runs but for rounding, and one state for all."""
     words = [

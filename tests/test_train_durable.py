@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from minti.cli import work_folder
 from minti.cli.command import run_command
 from minti.formats.atomic import write_atomically
 from minti.runs import trainer
-from minti.runs.options import options, read_saved
+from minti.runs.options import options, parse_run
 from minti.runs.stop import Stop
 
 from .oracles import save_folder
@@ -610,11 +611,34 @@ def test_the_config_of_something_else(config: dict, run_to: Callable, tmp_path: 
     assert snapshot(tmp_path) == before
 
 
-def test_a_start_that_would_be_cleared_away(run_to: Callable, done: Path) -> None:
+def test_what_would_be_read_and_cleared_away(run_to: Callable, done: Path) -> None:
     before = snapshot(done)
-    with pytest.raises(InputError, match=r"learned_embeds\.safetensors: is in --out"):
-        run_to("--overwrite", "--init", "file", "--init-word", str(done / "learned_embeds.safetensors"))
+    for start in (done, done / "learned_embeds.safetensors"):
+        with pytest.raises(InputError, match=f"{re.escape(str(start))}: is in --out, which is to be"):
+            run_to("--overwrite", "--init", "file", "--init-word", str(start))
+    with pytest.raises(InputError, match="samples: is in --out"):
+        run_to("--overwrite", "--images", str(done / "samples"))
     assert snapshot(done) == before
+
+
+def test_resume_and_overwrite_contradict_each_other(run_to: Callable, done: Path) -> None:
+    before = snapshot(done)
+    with pytest.raises(InputError, match="--resume continues what is in --out and --overwrite removes it"):
+        run_to("--resume", "--overwrite", "--lr", "0.1")
+    assert snapshot(done) == before
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="typo: holds no run to resume; check --out"):
+        train.main(["--resume", "--out", str(tmp_path / "typo")])
+
+
+def test_a_folder_that_cannot_be_written(run_to: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before the work."""
+    monkeypatch.setattr(StableDiffusion, "__init__", None)
+    monkeypatch.setattr(work_folder.os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match="run: cannot be written; give another --out"):
+        run_to()
 
 
 def test_overwrite_spares_what_is_not_of_the_run(run_to: Callable, base: Path, tmp_path: Path) -> None:
@@ -723,7 +747,7 @@ def test_a_full_disk(
     assert_same_results(out, reference)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         write_atomically(tmp_path / "file" / "below", b"content")
@@ -742,7 +766,7 @@ def test_the_config_of_another_version(text: str, words: str, tmp_path: Path) ->
     """What this version cannot do is said in one line with the file, and the version that could."""
     (tmp_path / "config.yaml").write_text(f"made_by: minti.train 0.1\n{text}\n")
     with pytest.raises(InputError) as error:
-        read_saved(options(), tmp_path / "config.yaml")
+        parse_run(options(), ["--resume", "--out", str(tmp_path)])
     message = str(error.value)
     assert message.startswith(f"{tmp_path / 'config.yaml'}: ") and words in message
     assert "the run was begun by minti.train 0.1" in message and "\n" not in message

@@ -328,6 +328,9 @@ def failed(action: Callable[[], object], capsys: pytest.CaptureFixture) -> str:
         (["--images", "no/such"], "no/such"),
         (["--what", "vae"], "what"),
         (["--sample-prompt", "<toy> " * 60], "<toy>"),
+        (["--sample-prompt", "{} " * 60], "<toy>"),
+        (["--instance-prompt", "a {} toy"], "no word that {} could stand for"),
+        (["--class-images", "5"], "--class-images has no effect without --class-prompt; leave it out"),
     ],
 )
 def test_bad_options(flags: list[str], message: str, run: Callable, capsys: pytest.CaptureFixture) -> None:
@@ -354,6 +357,19 @@ def test_a_run_that_began_otherwise(run: Callable, base: Path, capsys: pytest.Ca
     (out / "state.safetensors").write_bytes(state[:-100])
     assert "is damaged" in failed(lambda: run("--resume"), capsys)
     assert len(log_of(run("--overwrite", "--steps", "2"))) == 2
+    assert "--overwrite removes it" in failed(lambda: run("--overwrite", "--resume"), capsys)
+    assert len(tuned(out)) > 100
+    itself = ["--overwrite", "--unet", str(out)]
+    assert f"{out}: is in --out, which is to be replaced" in failed(lambda: run(*itself), capsys)
+
+
+def test_weights_that_were_lost(run: Callable) -> None:
+    """They are in the state, and are written again by a run that is resumed after its last step."""
+    out = run()
+    content = (out / "unet.safetensors").read_bytes()
+    (out / "unet.safetensors").unlink()
+    run("--resume")
+    assert (out / "unet.safetensors").read_bytes() == content
 
 
 def test_files_that_are_no_tuned_unet(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

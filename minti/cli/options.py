@@ -47,6 +47,7 @@ class Options:
         self._groups: dict[str, Any] = {}
         self._file_only: set[str] = set()
         self._texts: set[str] = set()
+        self.given: set[str] = set()  # the keys of the flags in the command line that was parsed last
         self._parser.add_argument(
             "--config", metavar="FILE", help="YAML file, or recipe, with any of the options"
         )
@@ -74,7 +75,7 @@ class Options:
             options["action"] = argparse.BooleanOptionalAction
         elif default not in (None, [], ""):
             help += f" (default: {default})"
-        name = _key(flag)
+        name = flag[2:].replace("-", "_")
         if isinstance(default, list):
             options["action"] = "append"
             self._lists.add(name)
@@ -85,7 +86,7 @@ class Options:
         self._defaults[name] = default
         flags = [flag, alias] if alias else [flag]
         if alias:
-            self._aliases[_key(alias)] = name
+            self._aliases[alias[2:].replace("-", "_")] = name
             options["dest"] = name
         self._groups[group].add_argument(*flags, help=help, **options)
 
@@ -165,6 +166,7 @@ class Options:
             InputError: unknown options, bad values, required ones left out.
         """
         flags = self._parse(argv)
+        self.given = set(flags)
         config = dict(base or {}) | (read_yaml(flags.pop("config")) if "config" in flags else {})
         for key in ("made_by", "made_of"):  # of the config file of a run
             config.pop(key, None)
@@ -179,6 +181,13 @@ class Options:
         if missing := [f"--{key.replace('_', '-')}" for key in required if values[key] in (None, [])]:
             raise InputError(f"{' and '.join(missing)} must be given; see --help")
         return argparse.Namespace(**values)
+
+    def refuse_idle(self, args: argparse.Namespace, needs: Mapping[str, str]) -> None:
+        """Raises InputError if the command line has an option without the other one that it needs."""
+        for key, other in needs.items():
+            if key in self.given and not getattr(args, other):
+                flag, needed = (f"--{name.replace('_', '-')}" for name in (key, other))
+                raise InputError(f"{flag} has no effect without {needed}; leave it out")
 
     def check(self, values: dict[str, Any]) -> dict[str, Any]:
         """Values from a config file, converted and checked as those of flags are."""
@@ -228,11 +237,6 @@ class Options:
                     raise InputError(f"{flag}: {value!r} is no text in YAML; put it between quotes")
                 flags += [f"{flag}={v}" for v in values]
         return flags
-
-
-def _key(flag: str) -> str:
-    """The key of a flag in files."""
-    return flag.removeprefix("--").replace("-", "_")
 
 
 def _list_or_text(text: str) -> Any:

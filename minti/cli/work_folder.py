@@ -24,6 +24,9 @@ except ImportError:  # Windows has no such locks; two processes in one folder go
 log = logging.getLogger(__name__)
 
 ONCE = ("resume", "overwrite")  # options that say what to do with a folder, and are not kept in it
+# Options that name files to read; those of words may have a name in front, `<toy>=FILE`.
+INPUTS = ("checkpoint", "tokenizer", "vae", "unet", "text_encoder", "clip", "clip_tokenizer", "templates")
+INPUTS += ("images", "image", "mask", "init_image", "image_prompt", "samples", "concept")
 
 
 def to_yaml(settings: Mapping[str, Any], command: str) -> bytes:
@@ -123,6 +126,8 @@ class WorkFolder:
         above = next(path for path in self.path.absolute().parents if path.exists())
         if not above.is_dir():
             raise InputError(f"{above}: is a file, and no folder; give another --out")
+        if not os.access(self.path if self.path.exists() else above, os.W_OK):
+            raise InputError(f"{self.path}: cannot be written; give another --out")
         self._lock()
         self._before = before = self.before()
         self._continues = bool(before) and not overwrite
@@ -131,7 +136,10 @@ class WorkFolder:
             raise InputError(f"{self.path}: exists already; {remedy}")
         if self._continues:
             self._compare(before)
-        for name in {*self._made(before), *self._made(self._settings)} if before else ():
+        names = {*self._made(before), *self._made(self._settings)} if before else ()
+        if before and overwrite:
+            self._refuse_lost_inputs(names)
+        for name in names:
             path = self.path / name
             inside = [path, *(parent for parent in path.parents if self.path in parent.parents)]
             for link in inside[overwrite:]:  # a link that is to be removed does no harm
@@ -168,6 +176,15 @@ class WorkFolder:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         os.replace(new, self.saved)
 
+    def _refuse_lost_inputs(self, names: Iterable[str]) -> None:
+        """Raises InputError if something that is to be read is among what `--overwrite` removes."""
+        out = self.path.resolve()
+        removed = {out / name for name in names}
+        for given in _inputs(self._settings):
+            path = Path(given).resolve()
+            if path == out or removed & {path, *path.parents}:
+                raise InputError(f"{given}: is in --out, which is to be replaced; copy it elsewhere first")
+
     def _compare(self, before: Mapping[str, Any]) -> None:
         """Raises InputError, naming the first difference, unless the settings are those of `before`."""
         if (by := before.get("made_by")) not in (None, self._settings["made_by"]):
@@ -199,6 +216,18 @@ class WorkFolder:
             raise InputError(f"{self.path}: another process is working in this folder; {remedy}") from None
         except OSError:
             pass  # a file system without locks
+
+
+def _inputs(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The paths of all that settings say is to be read, of a word also without the name in front."""
+    for value in map(settings.get, INPUTS):
+        for text in value if isinstance(value, list) else filter(None, [value]):
+            yield from (text, *filter(None, [text.partition("=")[2]]))
+    if settings.get("init") == "file":
+        yield settings["init_word"]
+    entries = settings.get("concepts")
+    for entry in entries if isinstance(entries, list) else ():
+        yield from _inputs({"init": settings.get("init"), "init_word": settings.get("init_word"), **entry})
 
 
 def _visible(folder: Path) -> Iterator[Path]:

@@ -60,7 +60,7 @@ def paint(
     path = path[len(path) - int(steps * strength) :]
     if not path:
         raise InputError(f"strength {strength}: none of {steps} steps remain; raise it")
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     for_inpainting = sd.unet.config.in_channels > sd.vae.config.latent_channels
     cells = F.max_pool2d(mask, sd.vae.config.downscale).to(sd.device)  # (1, 1, h, w)
 

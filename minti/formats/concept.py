@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save
@@ -69,8 +69,8 @@ class Concept:
         if len(concepts) > 1:
             words = ", ".join(repr(concept.placeholder) for concept in concepts)
             raise InputError(
-                f"{path}: holds {len(concepts)} words ({words}), where one was expected; "
-                "Concept.load_all reads them all"
+                f"{path}: holds {len(concepts)} words ({words}), where one was expected; minti.sample "
+                "--concept without a name in front, or Concept.load_all, reads them all"
             )
         return replace(concepts[0], placeholder=placeholder or concepts[0].placeholder)
 
@@ -125,7 +125,8 @@ def read_concepts(path: Path) -> tuple[str, list[Concept]]:
         InputError: see `Concept.load`.
     """
     if path.is_dir():
-        path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path / IN_FOLDERS[0])
+        found = [path / name for name in IN_FOLDERS if (path / name).is_file()]
+        path = found[0] if found else refuse_folder(path)
     elif not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w-]+", str(path)):
         remedy = f"if it is on the hub: hf download {path} --local-dir {path.name}"
         raise InputError(f"{path}: does not exist here; {remedy}")
@@ -135,6 +136,13 @@ def read_concepts(path: Path) -> tuple[str, list[Concept]]:
         joined = _join(concepts + _read_file(second)[1])
         return ("diffusers, two files for SDXL", joined) if len(joined) == 1 else (kind, concepts)
     return kind, _join(concepts)
+
+
+def refuse_folder(folder: Path) -> NoReturn:
+    """Raises InputError, since there is no learned word in a folder."""
+    several = sorted(folder.glob("*/learned_embeds.safetensors"))
+    remedy = f"of its words, such as {several[0].parent}" if several else "of a run with one, or a file"
+    raise InputError(f"{folder}: no learned word in it; give the folder {remedy}")
 
 
 def _join(concepts: Sequence[Concept]) -> list[Concept]:

@@ -92,21 +92,26 @@ def open_image(path: Path, background: str = "white") -> Image.Image:
     if path.suffix.lower() in RAW_SUFFIXES:  # Pillow would decode the thumbnail
         raise InputError(f"{path}: is a raw file of a camera; export it as JPEG")
     with reading_picture(path), Image.open(path, formats=_decoders()) as image:
-        image.load()
-        turn = None
-        with suppress(Exception):  # whatever else is damaged in the EXIF block does not matter
-            turn = TURNS.get(image.getexif().get(0x0112))
-        profile = image.info.get("icc_profile")
-        if image.mode.startswith(("I", "F")):
-            image = _to_8_bits(image, path)
-        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-        if image.mode not in ("L", "RGB", "CMYK"):
-            image = image.convert("L" if image.mode == "LA" else "RGB")
-        image = (_to_srgb(image, profile, path) if profile else image).convert("RGB")
-        if alpha:
-            image.putalpha(alpha)
-            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
-        return image if turn is None else image.transpose(turn)
+        return upright_rgb(image, path, background)
+
+
+def upright_rgb(image: Image.Image, path: Path, background: str = "white") -> Image.Image:
+    """A picture of any mode as `open_image` gives it; `path` is what messages call it."""
+    image.load()
+    turn = None
+    with suppress(Exception):  # whatever else is damaged in the EXIF block does not matter
+        turn = TURNS.get(image.getexif().get(0x0112))
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bits(image, path)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    image = (_to_srgb(image, profile, path) if profile else image).convert("RGB")
+    if alpha:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    return image if turn is None else image.transpose(turn)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..errors import InputError, check_number
 from ..formats.concept import Concept
-from ..formats.photos import Photo, load_photos
+from ..formats.photos import Photo, load_photos, upright_rgb
 from ..formats.views import make_views
 from ..model.fitting import prepare
 from ..model.stable_diffusion import StableDiffusion
@@ -27,7 +27,7 @@ class Picture(Photo):
     image: Image.Image | None = None
 
     def open(self) -> Image.Image:
-        return self.image.convert("RGB")
+        return upright_rgb(self.image, self.path)
 
 
 def _as_photo(image: str | Path | Image.Image) -> Photo:
@@ -77,7 +77,7 @@ def learn(
         The word, also usable with `sd` at once.
 
     Raises:
-        InputError: photos or arguments that cannot be used; `sd` does not know the word then.
+        InputError: photos or arguments that cannot be used; `sd` is as it was then.
         Diverged: the loss became infinite.
     """
     check_number("num_vectors", num_vectors, int, 1, 75)
@@ -89,13 +89,17 @@ def learn(
     photos = load_photos(images) if isinstance(images, str | Path) else [_as_photo(x) for x in images]
     if not photos:
         raise InputError("images is empty; three to five photos of one concept are best")
-    kind = {"per_layer": per_layer, "output_embedding": output_embedding}
-    sd.text_encoder = prepare(sd.text_encoder, sd.unet, **kind)
     views = make_views(photos, sd.check_size(size)[0], flip=True, seed=seed)
-    rows, latents = initial_rows(sd, "word", init_word, num_vectors), encode_views(sd, views)
-    captions = [photo.caption for photo in photos]
-    word = Word(placeholder, rows, latents, load_templates(templates), captions, lr, seed)
-    inversion = Inversion(sd, [word], options, replace=replace)
+    latents, captions = encode_views(sd, views), [photo.caption for photo in photos]
+    kind = {"per_layer": per_layer, "output_embedding": output_embedding}
+    before, sd.text_encoder = sd.text_encoder, prepare(sd.text_encoder, sd.unet, **kind)
+    try:
+        rows = initial_rows(sd, "word", init_word, num_vectors)
+        word = Word(placeholder, rows, latents, load_templates(templates), captions, lr, seed)
+        inversion = Inversion(sd, [word], options, replace=replace)
+    except InputError:
+        sd.text_encoder = before
+        raise
     for step in range(options.steps):
         loss = inversion.step()
         if on_step:

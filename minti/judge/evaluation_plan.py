@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..formats.concept import Concept
+from ..formats.concept import Concept, refuse_folder
 from ..formats.reading import check_regular
 from ..model.stable_diffusion import StableDiffusion
 from ..model.tokenizer import clean
@@ -67,7 +67,7 @@ def find_words(argument: str) -> list[Path]:
     final = path / "learned_embeds.safetensors"
     if not final.exists():
         if not steps:
-            raise InputError(f"{path}: no learned word in it; give the folder of a run, or a file")
+            refuse_folder(path)
         return steps
     last = Concept.load(final).digest
     return steps if any(Concept.load(step).digest == last for step in steps) else [*steps, final]

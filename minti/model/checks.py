@@ -42,7 +42,7 @@ def encoder_of(widths: Mapping[str, int]) -> str:
     width = next(iter(widths.values())) if is_per_layer(widths) else sum(outputs or widths.values())
     family = f" ({FAMILIES[width]})" if width in FAMILIES else ""
     layers = f" with words for {len(widths)} layers, {', '.join(widths)}" if is_per_layer(widths) else ""
-    return f"{width}-wide encoder{family}{layers}"
+    return f"{width}-wide encoder{family}{layers}{', for its output' * bool(outputs)}"
 
 
 def check_options(prompts: Sequence[str], seeds: Sequence[int], options: Mapping[str, object]) -> None:
@@ -78,6 +78,15 @@ def check_size(size: object, default: tuple[int, int], f: int) -> tuple[int, int
         up, text = ("x".join(str(side) for side in both) for both in ([-(-s // f) * f for s in sides], sides))
         raise InputError(f"size {text}: both sides must be multiples of {f}, for instance {up}")
     return sides
+
+
+def check_vectors(word: LearnedWord) -> None:
+    """Raise InputError unless the vectors of a word are 1 to 75 of finite numbers."""
+    vectors = word.vectors
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or not 0 < len(vectors) <= 75:
+        raise InputError(f"{word.placeholder!r}: its vectors should be a tensor (n, D), with n from 1 to 75")
+    if not vectors.isfinite().all():
+        raise InputError(f"{word.placeholder!r}: has vectors that are not finite; learn it again")
 
 
 def check_fit(word: LearnedWord, own: Mapping[str, int]) -> None:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .checks import OUTPUT, LearnedWord, check_fit, has_outputs, is_per_layer
+from .checks import OUTPUT, LearnedWord, check_fit, check_vectors, has_outputs, is_per_layer
 from .output_embedding import TextEncoderWithOutputs
 from .per_layer import TextEncoderPerLayer, layer_names, tables_of
 from .unet import UNet
@@ -26,8 +26,9 @@ def prepare(
     if isinstance(text_encoder, SPECIAL):
         if type(text_encoder) is not kind:
             known = "words per layer" if isinstance(text_encoder, SPECIAL[0]) else "output embeddings"
-            what = "beside which words of this kind can be neither used nor learned"
-            raise InputError(f"the model knows {known}, {what}; load it without those")
+            raise InputError(
+                f"the model knows {known}, which exclude words of this kind; load it without those"
+            )
         return text_encoder
     if output_embedding:
         return TextEncoderWithOutputs(text_encoder)
@@ -45,6 +46,7 @@ def fit_word(word: LearnedWord, text_encoder: nn.Module, unet: UNet) -> tuple[nn
     Raises:
         InputError: the word was learned for another kind of model.
     """
+    check_vectors(word)
     vectors, own = word.vectors, plain_widths(text_encoder)
     layers, outputs = is_per_layer(word.widths), has_outputs(word.widths)
     if isinstance(text_encoder, SPECIAL) and not word.widths and vectors.shape[1] != sum(own.values()):

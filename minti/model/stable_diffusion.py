@@ -190,7 +190,7 @@ class StableDiffusion:
             raise InputError(f"image_prompt: {self.source} is no unCLIP and sees no pictures; leave it out")
         (width, height), f = self.check_size(size), self.vae.config.downscale
         shape = (1, self.vae.config.latent_channels, height // f, width // f)
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
         shown = image_prompt and image_prompt(generators)  # drawn before the latents, as diffusers does
         x_T = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(self.device)
         times = [t for t, _ in self.schedule.timesteps(steps)]

@@ -1,5 +1,6 @@
 """The options of `python -m minti.train`, and the entries of `concepts:` in its config files."""
 
+import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -124,7 +125,27 @@ def watching_settings(values: Mapping[str, Any]) -> Watching:
     return Watching(**_pick(Watching, values))
 
 
-def read_saved(opts: Options, saved: Path) -> dict[str, Any]:
+def parse_run(opts: Options, argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a run; with --resume those that it was begun with, but for what `argv` changes.
+
+    Raises:
+        InputError: they cannot be used.
+    """
+    args = opts.parse(argv, required=["out"])
+    if not args.resume:
+        return args
+    if args.overwrite:
+        raise InputError("--resume continues what is in --out and --overwrite removes it; give one of them")
+    saved = Path(args.out) / "config.yaml"
+    if saved.exists():
+        return opts.parse(argv, required=["out"], base=_read_saved(opts, saved))
+    if args.checkpoint is None:
+        raise InputError(f"{args.out}: holds no run to resume; check --out")
+    log.info("%s: holds no run to resume, so a new one begins", args.out)
+    return args
+
+
+def _read_saved(opts: Options, saved: Path) -> dict[str, Any]:
     """The settings that a run has saved.
 
     Raises:
@@ -134,21 +155,13 @@ def read_saved(opts: Options, saved: Path) -> dict[str, Any]:
     by = f"the run was begun by {config.get('made_by', 'another version of minti')}"
     known = {*opts.defaults, "concepts", "made_by"}
     if unknown := sorted({*map(str, config)} - known):
-        raise InputError(f"{saved}: option {unknown[0]!r} is unknown; {by}")
+        raise InputError(f"{saved}: option {unknown[0]!r} is unknown; {by}, so continue it with that")
     for key in config.keys() & opts.defaults.keys():
         try:
             opts.check({key: config[key]})
         except InputError as error:
             raise InputError(f"{saved}: {error}; {by}, so continue it with that, or --overwrite it") from None
     return config
-
-
-def refuse_lost_start(out: Path, specs: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError if a word starts from a file in `out`, which is to be replaced."""
-    for spec in specs:
-        if spec["init"] == "file" and out.resolve() in Path(spec["init_word"]).resolve().parents:
-            remedy = "copy it to another place first"
-            raise InputError(f"{spec['init_word']}: is in --out, which is to be replaced; {remedy}")
 
 
 def word_specs(opts: Options, values: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -166,6 +179,10 @@ def word_specs(opts: Options, values: Mapping[str, Any]) -> list[dict[str, Any]]
         entries = [{"name": ""}]
     elif not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise InputError("concepts: should list entries like {name: toy, images: DIR, placeholder: <toy>}")
+    for key in PER_WORD:
+        if key in opts.given and many and all(key in entry for entry in entries):
+            text = "--%s has no effect: every entry of concepts in the config has its own"
+            log.warning(text, key.replace("_", "-"))
     specs: list[dict[str, Any]] = []
     for entry in entries:
         if unknown := set(entry) - {"name", *PER_WORD}:
@@ -183,6 +200,8 @@ def word_specs(opts: Options, values: Mapping[str, Any]) -> list[dict[str, Any]]
             if spec[key] is None:
                 raise InputError(f"concepts: {name} needs {key}" if many else f"--{key} must be given")
         word = spec["placeholder"]
+        if not word.strip():
+            raise InputError(f"placeholder {word!r} is empty")
         if clean(word) in {clean(other["placeholder"]) for other in specs}:
             # Where a word is found in a prompt depends on how it begins and ends; so does its other name.
             word = f"{word}|{len(specs)}|{word}"

@@ -171,6 +171,8 @@ def make_variant(setup: Setup, concept: ConceptSpec, scale: float = 1.0) -> Vari
     shared = {key: values[key] for key in SHARED}
     shared |= {"betas": (values["beta1"], values["beta2"]), "progressive": progressive}
     shared |= {key: scaled(values[key]) for key in ("steps", "warmup", "average") if values[key]}
+    if (last := max(progressive, default=0)) > shared["steps"]:
+        raise InputError(f"setups: {setup.name!r} ends before step {last} of progressive; give more steps")
     own = {key: values[key] for key in PER_WORD}
     return Variant(concept, photos=setup.values.get("photos"), settings=Settings(**shared), **own)
 

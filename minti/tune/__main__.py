@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -27,7 +26,7 @@ from ..model.fitting import SPECIAL
 from ..model.model_hash import model_hash
 from ..model.stable_diffusion import StableDiffusion
 from ..runs.folder import STATE, read_state
-from ..runs.options import read_saved
+from ..runs.options import parse_run
 from ..runs.stop import Stop
 from ..runs.words import encode_photos
 from ..version import __version__
@@ -83,7 +82,7 @@ def options() -> Options:
     text = "steps between savings, each of them three times as large as what is tuned, and more"
     opts.add(group, "--save-every", 200, type=count, help=text)
     opts.add(group, "--sample-every", 200, type=steps, help="steps between previews; 0: none")
-    opts.add(group, "--sample-prompt", [], metavar="TEXT", help="prompt of the previews; repeatable")
+    opts.add(group, "--sample-prompt", [], metavar="TEXT", help="of previews, {} is the word; repeatable")
     text = "DDIM steps of previews and of pictures of the class"
     opts.add(group, "--sample-steps", 50, type=number(int, 1, 4096), help=text)
     text = "how closely both follow their prompts"
@@ -99,6 +98,8 @@ def choose_prompts(args: argparse.Namespace, words: Sequence[str]) -> tuple[str,
         InputError: nothing or too much is said of it.
     """
     if args.instance_prompt:
+        if any("{}" in text for text in (args.instance_prompt, *args.sample_prompt)):
+            raise InputError("--instance-prompt: with it there is no word that {} could stand for")
         return "", [args.instance_prompt]
     if len(words) != 1:
         what = "neither --concept nor" if not words else "several words, and no"
@@ -147,7 +148,7 @@ def tune(args: argparse.Namespace, folder: WorkFolder) -> bool:
     photos = load_photos(args.images)
     captions = [photo.caption for photo in photos] if word else []
     # A prompt that has no room for the word is refused here.
-    previews = args.sample_prompt or [templates[0].replace("{}", word)]
+    previews = [text.replace("{}", word) for text in args.sample_prompt or templates[:1]]
     texts = [text.replace("{}", word) for text in (*templates, *filter(None, captions))]
     sd.tokenizer([*texts, *previews, args.class_prompt or ""])
     size, how = sd.check_size(args.size)[0], {"crop": args.crop, "flip": args.flip, "seed": args.seed}
@@ -186,9 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, tune, and say how to use the result."""
     opts = options()
     argv = sys.argv[1:] if argv is None else argv
-    args = opts.parse(argv, required=["out"])
-    if args.resume and (saved := Path(args.out) / "config.yaml").exists():
-        args = opts.parse(argv, required=["out"], base=read_saved(opts, saved))
+    args = parse_run(opts, argv)
+    opts.refuse_idle(args, {"class_images": "class_prompt", "prior_weight": "class_prompt"})
     for key in ("checkpoint", "images"):
         if getattr(args, key) is None:
             raise InputError(f"--{key} must be given; see --help")

@@ -108,7 +108,10 @@ class Run:
                     self.save()
                 if args.sample_every and (last or done % args.sample_every == 0) and not stop.asked:
                     self._previews.make(self.out, tuner.step_count, prompts)
-        return tuner.step_count >= args.steps
+        done = tuner.step_count >= args.steps
+        if done and not all((self.out / f"{part}.safetensors").exists() for part in tuner.weights):
+            self.save()  # of an earlier process, lost since
+        return done
 
     def save(self) -> None:
         """Write the tuned weights, the log, and last the state from which `resume` continues."""
