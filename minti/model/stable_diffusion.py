@@ -146,7 +146,7 @@ class StableDiffusion:
 
         Args:
             each: the prompt and the seed of each picture.
-            batch_size: pictures made at a time; changes memory and speed, not the pictures.
+            batch_size: pictures made at a time: memory and speed, the pictures alike but for rounding.
             on_step: called after each DDIM step of each batch.
             options: those of `denoise`.
         """

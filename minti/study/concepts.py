@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..cli.options import path as option_path
 from ..cli.yaml_files import read_yaml
 from ..errors import InputError
 
@@ -88,7 +89,8 @@ def read_concepts(source: Any) -> dict[str, ConceptSpec]:
         facts = table_of(entry.get("facts"), f"{where}: the facts of {name}", "color: red")
         values["facts"] = {k: text_of(f, f"{where}: {k} of {name}") for k, f in facts.items()}
         images = text_of(entry.get("images", name), f"{where}: images of {name}")
-        found[name] = ConceptSpec(name=name, images=folder / images, **values)
+        images = Path(option_path(images)) if folder == Path() else folder / images
+        found[name] = ConceptSpec(name=name, images=images, **values)
     return found
 
 
@@ -109,10 +111,9 @@ def choose_concepts(
         chosen = [c for c in concepts.values() if c.kind in kinds and c.set == choice]
     sets = sorted({c.set for c in chosen or concepts.values()})
     if not chosen:
-        raise InputError(
-            f"--choose {choice}: no such concepts; choose a set ({', '.join(filter(None, sets))}) or among "
-            f"{', '.join(concepts)}"
-        )
+        named = ", ".join(filter(None, sets))
+        remedy = f"choose a set ({named}) or" if named else "say `set: final` of them, or choose"
+        raise InputError(f"--choose {choice}: no such concepts; {remedy} among {', '.join(concepts)}")
     if len(sets) > 1:
         raise InputError(f"--choose {choice}: of the sets {' and '.join(sets)}; study one at a time")
     return chosen
