@@ -1,5 +1,6 @@
 """Learning a word from photos, in one call."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,9 @@ def learn(
     views = make_views(photos, sd.check_size(size)[0], flip=True, seed=seed)
     latents, captions = encode_views(sd, views), [photo.caption for photo in photos]
     kind = {"per_layer": per_layer, "output_embedding": output_embedding}
-    before, sd.text_encoder = sd.text_encoder, prepare(sd.text_encoder, sd.unet, **kind)
+    before = sd.text_encoder  # which words of a special kind would change for good
+    own = copy.deepcopy(before) if any(kind.values()) else before
+    sd.text_encoder = prepare(own, sd.unet, **kind)
     try:
         rows = initial_rows(sd, "word", init_word, num_vectors)
         word = Word(placeholder, rows, latents, load_templates(templates), captions, lr, seed)
