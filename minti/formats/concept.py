@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model.checks import encoder_of, is_plain
+from ..model.checks import encoder_of, has_outputs, is_plain
 from .atomic import write_atomically
 from .embedding_files import SDXL, find_words, is_picture, read_picture, refusal
 from .reading import check_regular, naming
@@ -89,8 +89,9 @@ class Concept:
                 f"take one: python -m minti.concept convert '{path}' OUT --width {widths[0]}"
             )
         if width is not None and width not in widths:
+            at = "the output of " if has_outputs(concepts[0].widths) else ""
             raise InputError(
-                f"{path}: {concepts[0].placeholder!r} was learned on a {concepts[0].encoder}, "
+                f"{path}: {concepts[0].placeholder!r} was learned on {at}a {concepts[0].encoder}, "
                 f"not on a {encoder_of({'': width})}; use the model it was learned on"
             )
         return [concept for concept in concepts if width in (None, concept.vectors.shape[1])]

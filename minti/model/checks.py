@@ -42,7 +42,7 @@ def encoder_of(widths: Mapping[str, int]) -> str:
     width = next(iter(widths.values())) if is_per_layer(widths) else sum(outputs or widths.values())
     family = f" ({FAMILIES[width]})" if width in FAMILIES else ""
     layers = f" with words for {len(widths)} layers, {', '.join(widths)}" if is_per_layer(widths) else ""
-    return f"{width}-wide encoder{family}{layers}{', for its output' * bool(outputs)}"
+    return f"{width}-wide encoder{family}{layers}"
 
 
 def check_options(prompts: Sequence[str], seeds: Sequence[int], options: Mapping[str, object]) -> None:
