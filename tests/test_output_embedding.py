@@ -170,7 +170,7 @@ def test_starts(tmp_path: Path) -> None:
     layers.text_encoder = prepare(layers.text_encoder, layers.unet, per_layer=True)
     n = len(layer_names(layers.unet))
     assert torch.equal(initial_rows(layers, "file", tmp_path / "old.safetensors"), old.repeat(1, n))
-    with pytest.raises(InputError, match="knows words per layer, beside which words of this kind can be"):
+    with pytest.raises(InputError, match="knows words per layer, which exclude words of this kind"):
         initial_rows(layers, "file", tmp_path / "out.safetensors")
     with pytest.raises(InputError, match=r"out\.safetensors: holds a word .* with --output-embedding; give"):
         initial_rows(minti.load(folder, device="cpu"), "file", tmp_path / "out.safetensors")
@@ -305,7 +305,7 @@ def test_learn(base: Path) -> None:
     assert torch.equal(context, torch.cat([word.vectors[:, 32:] for word in words]))
     assert not torch.cat([word.vectors[:, :32] for word in words]).any()
     assert context[1].norm().item() == pytest.approx(vocabulary_norm(sd), rel=1e-5)
-    with pytest.raises(InputError, match=r"knows output embeddings, beside which .* load it without those"):
+    with pytest.raises(InputError, match=r"knows output embeddings, which exclude .* load it without those"):
         minti.learn(sd, base / "photos", "<plain>", "toy", steps=1)
 
 
@@ -325,7 +325,7 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"'<a>' was learned on a .*this checkpoint has a 32-wide enc"):
             sd.add_concept(wrong)
     sd.add_concept(Concept("<toy>", torch.ones(1, 32), widths=output))
-    with pytest.raises(InputError, match="the model knows output embeddings, beside which words of this"):
+    with pytest.raises(InputError, match="the model knows output embeddings, which exclude words of this"):
         sd.add_concept(Concept("<b>", torch.ones(1, n * 32), widths=layer))
     for width in (64, 768):  # 64 is what the rows of an output embedding have
         message = rf"'<c>' was learned on a {width}-wide encoder.*, this checkpoint has a 32-wide encoder;"
