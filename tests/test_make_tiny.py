@@ -405,8 +405,9 @@ def test_the_unet_resumes_bit_for_bit(work: Path, tmp_path: Path, monkeypatch: p
 def test_processes_share_a_batch_of_the_unet(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Together they have the samples of one, take the mean of their gradients, and stop together."""
     stored, empty = (latents.stored_latents(work), contexts.stored_contexts(work)), torch.zeros((77, 128))
+    bare = contexts.bare_names(Pictures(work))
     whole, *shares = (
-        unet.Batches(run_of("unet", work, 2, processes=processes), *stored, empty).read(1)
+        unet.Batches(run_of("unet", work, 2, processes=processes), *stored, empty, bare).read(1)
         for processes in (Processes(), Processes(0, 2), Processes(1, 2))
     )
     for all_of, first, second in zip(whole, *shares, strict=True):
@@ -614,6 +615,30 @@ def test_export_is_complete_and_small(exported: Path) -> None:
 @pytest.mark.skipif(not (TINY / "model_index.json").is_file(), reason="weights/tiny is not there")
 def test_shipped_weights_are_read_alike_by_diffusers() -> None:
     same_pictures_as_diffusers(TINY)
+
+
+def test_every_other_picture_of_the_unet_has_a_bare_name(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, found = Pictures(work), set()
+    for i in range(len(pictures)):
+        for k, (which, _) in enumerate(contexts.VARIANTS):
+            text = captions_at(i)[which].text.split()
+            before = dict(zip(text[1:], text, strict=False))
+            names = [word for word in before if word in world.TOY_NAMES]
+            if any(before[name] not in (*world.COLORS, *world.PATTERNS) for name in names):
+                own = [thing.noun for thing in scene_at(i).things if thing.looks_as_named]
+                assert set(names) & set(own), text
+                found.add((i, k))
+    bare = contexts.bare_names(pictures)
+    assert {tuple(pair) for pair in bare.tolist()} == found and len(found) > 3
+
+    monkeypatch.setattr(unet, "DROPOUT", 0.0)
+    stored = latents.stored_latents(work), contexts.stored_contexts(work)
+    batches = unet.Batches(run_of("unet", work, 2), *stored, torch.zeros((77, 128)), bare)
+    told = [{c.numpy().astype(np.float16).tobytes() for c in batches.read(step)[3]} for step in range(20)]
+    of_bare = {stored[1][i, k].tobytes() for i, k in bare}
+    others = {stored[1][i, k].tobytes() for i in range(len(pictures)) for k in range(3)} - of_bare
+    shares = [len(contexts_of & of_bare) for contexts_of in told]
+    assert min(shares) >= 1 and any(contexts_of & others for contexts_of in told)
 
 
 def test_batches_visit_every_picture_once_an_epoch(tmp_path: Path, tokenizer_folder: Path) -> None:

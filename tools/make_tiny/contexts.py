@@ -14,6 +14,7 @@ from minti.cli.progress import Progress
 from minti.errors import InputError
 
 from . import models
+from .colors import COLORS, PATTERNS
 from .data import TOKENS, Pictures, append, records
 from .text import load_text_encoder
 from .training import Run, ema_of
@@ -33,6 +34,18 @@ def stored_contexts(work: Path) -> np.ndarray:
     if made_with.is_file() and made_with.read_text() != weights_hash(work):
         raise InputError(f"{made_with.parent}: of an older text encoder; delete it and run `contexts` again")
     return records(work / "contexts" / "contexts.f16", CONTEXT, np.float16)
+
+
+def bare_names(pictures: Pictures) -> np.ndarray:
+    """(K, 2) pictures, and which of their VARIANTS calls a thing by its name and says no more of its look."""
+    encode, found = pictures.tokenizer.encode, []
+    looks = [encode(word)[0] for word in (*COLORS, *PATTERNS)]
+    for k, (which, _) in enumerate(VARIANTS):
+        ids = pictures.captions["ids"][:, which]  # (N, 77)
+        is_name = np.isin(ids[:, 1:], name_ids(pictures.tokenizer).numpy())
+        rows = np.flatnonzero((is_name & ~np.isin(ids[:, :-1], looks)).any(axis=1))
+        found.append(np.stack([rows, np.full_like(rows, k)], axis=1))
+    return np.concatenate(found)
 
 
 def weights_hash(work: Path) -> str:

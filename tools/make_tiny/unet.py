@@ -14,7 +14,7 @@ from minti.model.stable_diffusion import StableDiffusion
 from minti.model.unet import UNet
 
 from . import models
-from .contexts import VARIANTS, stored_contexts
+from .contexts import VARIANTS, bare_names, stored_contexts
 from .data import Pictures
 from .decoder import load_vae
 from .draw import sheet
@@ -47,15 +47,22 @@ class Batches:
     """What each step trains on, a function of the step alone; read one step ahead by a thread. Of several
     processes each has its share.
 
+    Every other picture comes with a caption that says no more of a thing's look than its name does, as a word
+    that was learned says it.
+
     Attributes:
         latents: (N, 4, 16, 16) float16.
         contexts: (N, 3, 77, 128) float16.
         empty: (77, 128), the context of the empty caption.
+        bare: (K, 2), see `bare_names`.
     """
 
-    def __init__(self, run: Run, latents: np.ndarray, contexts: np.ndarray, empty: Tensor) -> None:
+    def __init__(
+        self, run: Run, latents: np.ndarray, contexts: np.ndarray, empty: Tensor, bare: np.ndarray
+    ) -> None:
         self.run, self.latents, self.contexts, self.empty = run, latents, contexts, empty.cpu()
         self.count = min(len(latents), len(contexts))
+        self.bare = bare[bare[:, 0] < self.count]
         self.pool, self.next = ThreadPoolExecutor(1), None
 
     def read(self, step: int) -> tuple[Tensor, ...]:
@@ -64,8 +71,11 @@ class Batches:
         draw, generator = np.random.default_rng((run.seed, step, 3)), run.rng(step)
         epoch, i = divmod(step, self.count // run.batch)
         order = np.random.default_rng((run.seed, epoch)).permutation(self.count)
-        rows = np.sort(order[i * run.batch : (i + 1) * run.batch])
-        context = torch.from_numpy(self.contexts[rows, draw.integers(len(VARIANTS), size=run.batch)]).float()
+        shown = order[i * run.batch : (i + 1) * run.batch]
+        shown = np.stack([shown, draw.integers(len(VARIANTS), size=run.batch)], axis=1)
+        shown[::2] = self.bare[draw.integers(len(self.bare), size=len(shown[::2]))]
+        rows, which = shown[shown[:, 0].argsort()].T
+        context = torch.from_numpy(self.contexts[rows, which]).float()
         context[torch.from_numpy(draw.random(run.batch) < DROPOUT)] = self.empty
         x0 = torch.from_numpy(self.latents[rows]).float()
         eps = torch.randn(x0.shape, generator=generator)
@@ -111,7 +121,7 @@ def stage(run: Run) -> None:
     forward = torch.compile(unet) if run.device.type == "cuda" else unet
     with torch.no_grad():
         empty = text(pictures.tokenizer([""]).to(run.device)).context[0]
-    batches = Batches(run, latents, stored_contexts(run.work), empty)
+    batches = Batches(run, latents, stored_contexts(run.work), empty, bare_names(pictures))
     last = schedule.config.num_train_timesteps - 1
     print(f"unet: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
 
