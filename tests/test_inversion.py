@@ -1200,6 +1200,10 @@ def test_learn_from_files_and_pictures(load: Callable, photos: Path) -> None:
     assert torch.equal(from_file.vectors, from_picture.vectors)
     with pytest.raises(InputError, match="images is empty"):
         minti.learn(load(), [], **options)
+    with pytest.raises(InputError, match="images should be a folder, or a list of files and pictures"):
+        minti.learn(load(), Image.open(files[0]), **options)
+    with pytest.raises(InputError, match=r"size = \(16, 8\): should be an integer"):
+        minti.learn(load(), files, **options, size=(16, 8))
     with pytest.raises(InputError, match="ndarray is neither a path nor a picture"):
         minti.learn(load(), [np.zeros((4, 4, 3))], **options)
 

@@ -87,6 +87,10 @@ def learn(
     options = Settings(**settings)
     if options.objective != "diffusion":
         raise InputError("objective: minti.learn learns with diffusion only; python -m minti.train has clip")
+    if size is not None:
+        check_number("size", size, int, 1)  # photos are learned as squares
+    if not isinstance(images, str | Path | list | tuple):
+        raise InputError("images should be a folder, or a list of files and pictures")
     photos = load_photos(images) if isinstance(images, str | Path) else [_as_photo(x) for x in images]
     if not photos:
         raise InputError("images is empty; three to five photos of one concept are best")
