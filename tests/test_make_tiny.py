@@ -1,6 +1,7 @@
 """The tiny world and the tools that train `weights/tiny` on it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -525,6 +526,26 @@ def test_the_judge_is_shown_repainted_pictures() -> None:
     found = probe.shares(told, judge.probe.read(to_pixels(again)))
     assert min(found["background"][0], found["color"][0], found["style"][0]) > 0.85
     assert all("riso" not in facts.values() for facts in told) and found["style"][1] < 24
+
+
+def test_pictures_of_another_unet_are_refused(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SPECIAL", "REPAINTED", "PART"):
+        monkeypatch.setattr(probe, name, 2)
+    shutil.copytree(work, tmp_path / "work", symlinks=True)
+    (tmp_path / "work" / "unet").mkdir()
+    sd, run = minti.load(TINY, device="cpu", dtype="float32"), run_of("probe", tmp_path / "work", 1)
+    for value in (0.0, 1.0):
+        state = {"ema": {"unet": {"weight": torch.full((2,), value)}}}
+        torch.save(state, tmp_path / "work" / "unet" / "state.pt")
+        if value:
+            with pytest.raises(InputError, match=r"repainted.u8: of an older UNet; delete the folder"):
+                probe.training_set(run, sd)
+        else:
+            first, again = (probe.training_set(run, sd) for _ in range(2))
+            assert [len(pictures) for pictures in first[0][:2]] == [2, 2]
+            assert sum(map(len, first[0])) == len(first[1]) and first[1] == again[1]
 
 
 def test_the_decoder_is_trained_alone(

@@ -31,7 +31,7 @@ def stored_contexts(work: Path) -> np.ndarray:
         InputError: they were computed with other weights than the text encoder has now.
     """
     made_with = work / "contexts" / "text_encoder.sha256"
-    if made_with.is_file() and made_with.read_text() != weights_hash(work):
+    if made_with.is_file() and made_with.read_text() != weights_hash(work, "text", "text_encoder"):
         raise InputError(f"{made_with.parent}: of an older text encoder; delete it and run `contexts` again")
     return records(work / "contexts" / "contexts.f16", CONTEXT, np.float16)
 
@@ -48,10 +48,10 @@ def bare_names(pictures: Pictures) -> np.ndarray:
     return np.concatenate(found)
 
 
-def weights_hash(work: Path) -> str:
-    """Of the text encoder that the stage `text` has left."""
+def weights_hash(work: Path, stage: str, part: str) -> str:
+    """Of the weights that a stage has left."""
     digest = hashlib.sha256()
-    for key, value in sorted(ema_of(work, "text")["text_encoder"].items()):
+    for key, value in sorted(ema_of(work, stage)[part].items()):
         digest.update(key.encode() + value.numpy().tobytes())
     return digest.hexdigest()
 
@@ -63,7 +63,7 @@ def stage(run: Run) -> None:
     text, names = load_text_encoder(run.work, pictures.tokenizer, run.device), name_ids(pictures.tokenizer)
     run.folder.mkdir(parents=True, exist_ok=True)
     path, done = run.folder / "contexts.f16", len(stored_contexts(run.work))
-    (run.folder / "text_encoder.sha256").write_text(weights_hash(run.work))
+    (run.folder / "text_encoder.sha256").write_text(weights_hash(run.work, "text", "text_encoder"))
     progress = Progress(-(-max(0, len(pictures) - done) // run.batch), "part")
     run.catch_signals()
     while done < len(pictures) and not run.out_of_time():

@@ -26,6 +26,7 @@ from minti.study.classifier import Judge, Probe
 from . import names
 from .captions import FACTS
 from .concepts import held_out, pictures, riso_picture
+from .contexts import weights_hash
 from .data import PICTURE, TEST_SEED, Pictures, append, fill, records, scene_at, to_pixels
 from .draw import render
 from .training import Run, read, train
@@ -187,6 +188,10 @@ def training_set(run: Run, sd: StableDiffusion) -> tuple[list[np.ndarray], list[
     run.folder.mkdir(parents=True, exist_ok=True)
     fill(replace(run, steps=SPECIAL), path, PICTURE, np.uint8, special_picture)
     special = records(path, PICTURE, np.uint8)
+    made_with, model = run.folder / "unet.sha256", weights_hash(run.work, "unet", "unet")
+    if made_with.is_file() and made_with.read_text() != model:
+        raise InputError(f"{again}: of an older UNet; delete the folder and run `probe` again")
+    made_with.write_text(model)
     count, done = min(REPAINTED, len(special)), len(records(again, PICTURE, np.uint8))
     progress = Progress(-(-count // PART), "part", -(-done // PART))
     while done < count:
