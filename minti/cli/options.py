@@ -75,7 +75,7 @@ class Options:
             options["action"] = argparse.BooleanOptionalAction
         elif default not in (None, [], ""):
             help += f" (default: {default})"
-        name = flag[2:].replace("-", "_")
+        name = flag.removeprefix("--").replace("-", "_")
         if isinstance(default, list):
             options["action"] = "append"
             self._lists.add(name)
@@ -86,7 +86,7 @@ class Options:
         self._defaults[name] = default
         flags = [flag, alias] if alias else [flag]
         if alias:
-            self._aliases[alias[2:].replace("-", "_")] = name
+            self._aliases[alias.removeprefix("--").replace("-", "_")] = name
             options["dest"] = name
         self._groups[group].add_argument(*flags, help=help, **options)
 
