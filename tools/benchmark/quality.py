@@ -52,6 +52,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "context 0.1": {"context_weight": 0.1},
     "direction, context 0.1": {"optimizer": "direction", "lr": 0.1, "context_weight": 0.1},
     "t from 400": {"t_min": 400},
+    "t to 700": {"t_max": 700},
     "average of 100": {"average": 100},
     "output": {"init": "output"},
     "2e-2": {"lr": 2e-2},
