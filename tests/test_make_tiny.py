@@ -30,6 +30,7 @@ from tools.make_tiny import (
     concepts,
     contexts,
     decoder,
+    density,
     export,
     kinds,
     latents,
@@ -526,6 +527,21 @@ def test_the_judge_is_shown_repainted_pictures() -> None:
     found = probe.shares(told, judge.probe.read(to_pixels(again)))
     assert min(found["background"][0], found["color"][0], found["style"][0]) > 0.85
     assert all("riso" not in facts.values() for facts in told) and found["style"][1] < 24
+
+
+def test_density_reads_with_the_shipped_judge(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of names, and of vectors that were put in their places, the pictures show the places asked for."""
+    density.main(["--checkpoint", str(TINY), "--out", str(tmp_path), "--count", "1", "--steps", "0"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "%" in line][-3:]
+    assert [row[0].partition(",")[0].strip() for row in rows] == [
+        "names that training knows",
+        "things",
+        "combinations",
+    ]
+    assert all(float(row[5].rstrip(" %")) > 80 and float(row[2].rstrip(" %")) > 30 for row in rows)
+    assert (tmp_path / "sheet.png").is_file()
+    with pytest.raises(InputError, match="has no folder probe; `python tools/make_tiny export` writes one"):
+        density.main(["--checkpoint", str(tmp_path), "--out", str(tmp_path)])
 
 
 def test_pictures_of_another_unet_are_refused(

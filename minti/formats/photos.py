@@ -96,7 +96,7 @@ def open_image(path: Path, background: str = "white") -> Image.Image:
 
 
 def upright_rgb(image: Image.Image, path: Path, background: str = "white") -> Image.Image:
-    """A picture of any mode as `open_image` gives it; `path` is what messages call it."""
+    """A picture of any mode as `open_image` gives it. Raises InputError, which begins with `path`."""
     image.load()
     turn = None
     with suppress(Exception):  # whatever else is damaged in the EXIF block does not matter
